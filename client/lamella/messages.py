@@ -1,0 +1,275 @@
+"""Every message that crosses Redis, as frozen types: requests in, stream events and status out.
+
+Owns the shapes and their validation; knows nothing of keys, scripts or connections. Both ends decode with these
+types, so a message that decodes is a message that is valid. A job's life on the wire is
+
+    GenerateRequest -> TokenEvent, TokenEvent, ... -> exactly one of Done | Failed | Cancelled
+
+Stream events carry no sequence number themselves: it is the id of their stream entry (``<seq>-0``) and the prefix of
+their published form (``<seq> <json>``), so that there is one place it can come from.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from lamella.errors import DecodeError
+
+SCHEMA_VERSION = 1
+MAX_PROMPT_CHARS = 4_000_000
+MAX_TOKENS_LIMIT = 1_000_000
+
+_MODEL_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{7,64})?$", re.ASCII)
+
+
+class Wire(BaseModel):
+    """Base of all messages: frozen, no unknown keys, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def check_model_name(name: str) -> str:
+    """Return `name` if it is a model name: ``name``, ``owner/name`` or either with ``@revision`` (hex, 7-64).
+
+    Raises:
+        ValueError: the name could mean a path outside the store, or is not of that form.
+    """
+    if len(name) > 200 or ".." in name or not _MODEL_NAME.match(name):
+        raise ValueError(
+            f"{name!r} is not a model name; use 'name', 'owner/name' or 'owner/name@revision' "
+            "made of letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+class JobState(StrEnum):
+    """Where a job stands; the last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        """True once nothing more will happen to the job."""
+        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+
+
+class ChatMessage(Wire):
+    """One turn of a conversation, rendered by the model's own chat template."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class SamplingParams(Wire):
+    """How tokens are chosen; the defaults are greedy decoding.
+
+    `seed` fixes the random draw of every position, so that a resumed or batched job draws the same tokens; the client
+    fills in a random one when it is None and `temperature` > 0. Penalties follow transformers (repetition) and the
+    OpenAI API (presence, frequency: over generated tokens only).
+    """
+
+    max_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS_LIMIT)
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...] = Field(default=(), max_length=16)
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=64)
+    ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+class GenerateRequest(Wire):
+    """One generation job: exactly one of `prompt` (raw text) and `messages` (chat)."""
+
+    version: Literal[1] = 1
+    kind: Literal["generate"] = "generate"
+    model: str
+    prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
+    messages: tuple[ChatMessage, ...] | None = None
+    sampling: SamplingParams = SamplingParams()
+
+    @field_validator("model")
+    @classmethod
+    def _model_name(cls, value: str) -> str:
+        return check_model_name(value)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> GenerateRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of prompt (raw text) and messages (chat)")
+        if self.prompt is not None and not self.prompt:
+            raise ValueError("the prompt is empty; give at least one character")
+        if self.messages is not None:
+            if not any(message.content for message in self.messages):
+                raise ValueError("the chat has no text; give at least one message with content")
+            if sum(len(message.content) for message in self.messages) > MAX_PROMPT_CHARS:
+                raise ValueError(f"the chat is longer than {MAX_PROMPT_CHARS} characters")
+        for text in (self.prompt or "", *(m.content for m in self.messages or ())):
+            _check_unicode(text)
+        return self
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not valid text (a lone surrogate at character {error.start})") from error
+
+
+class Usage(Wire):
+    """What the job cost, counted once, in its terminal event.
+
+    `sweeps` counts the sweeps the job rode; `streamed_bytes` the weight bytes those sweeps moved, shared with every
+    job in the same sweeps. `run_s` is the time on the worker that finished the job.
+    """
+
+    prompt_tokens: int = Field(ge=0)
+    completion_tokens: int = Field(ge=0)
+    sweeps: int = Field(default=0, ge=0)
+    streamed_bytes: int = Field(default=0, ge=0)
+    run_s: float = Field(default=0.0, ge=0.0)
+
+
+class TokenLogprob(Wire):
+    """Log-probabilities (natural log, after temperature 1, before any filter) at one position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenEvent(Wire):
+    """The tokens that one sweep brought to one job.
+
+    `text` is what they add to the visible text; it is empty while a character or a possible stop string is incomplete.
+    """
+
+    type: Literal["token"] = "token"
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+class Done(Wire):
+    """The job ended as asked: `stop` (end token, stop string or stop id) or `length` (max_tokens or the context)."""
+
+    type: Literal["done"] = "done"
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+
+
+class Failed(Wire):
+    """The job ended without a result; `message` says what, why and what to do."""
+
+    type: Literal["failed"] = "failed"
+    code: str
+    message: str
+
+
+class Cancelled(Wire):
+    """The job was cancelled before its end."""
+
+    type: Literal["cancelled"] = "cancelled"
+
+
+class Progress(Wire):
+    """Published, never stored: a sign of life while a long prompt is being read."""
+
+    type: Literal["progress"] = "progress"
+    prefilled_tokens: int = Field(ge=0)
+    prompt_tokens: int = Field(ge=0)
+
+
+StoredEvent = Annotated[TokenEvent | Done | Failed | Cancelled, Field(discriminator="type")]
+StreamEvent = Annotated[TokenEvent | Done | Failed | Cancelled | Progress, Field(discriminator="type")]
+TerminalEvent = Done | Failed | Cancelled
+
+_STREAM_EVENT: TypeAdapter[TokenEvent | Done | Failed | Cancelled | Progress] = TypeAdapter(StreamEvent)
+
+
+def decode_event(raw: str | bytes) -> TokenEvent | Done | Failed | Cancelled | Progress:
+    """Decode one stream event from its JSON form.
+
+    Raises:
+        DecodeError: the text is not an event this version reads.
+    """
+    try:
+        return _STREAM_EVENT.validate_json(raw)
+    except ValidationError as error:
+        raise DecodeError(f"not a stream event of schema {SCHEMA_VERSION}: {error.errors()[0]['msg']}") from error
+
+
+def decode_request(raw: str | bytes) -> GenerateRequest:
+    """Decode a job's request from its JSON form.
+
+    Raises:
+        DecodeError: the text is not a request this version reads.
+    """
+    try:
+        return GenerateRequest.model_validate_json(raw)
+    except ValidationError as error:
+        raise DecodeError(f"not a request of schema {SCHEMA_VERSION}: {error.errors()[0]['msg']}") from error
+
+
+class ModelInfo(Wire):
+    """A model as a worker serves it; sizes in bytes, context in tokens."""
+
+    name: str
+    family: str
+    dtype: str
+    num_layers: int
+    context_length: int
+    size_bytes: int
+
+
+class WorkerInfo(Wire):
+    """A worker's heartbeat, written with a time to live; times are Unix seconds, counters since its start.
+
+    `last_sweep_at` is None until the first sweep; a worker with running jobs and an old `last_sweep_at` is stuck.
+    """
+
+    name: str
+    host: str
+    pid: int
+    version: str
+    device: str
+    model: ModelInfo
+    slots: int
+    running: int
+    draining: bool
+    started_at: float
+    heartbeat_at: float
+    last_sweep_at: float | None
+    sweeps: int
+    tokens: int
+    streamed_bytes: int
+    peak_rss_bytes: int
+
+
+class JobStatus(Wire):
+    """A job's record as the client sees it; times are Unix seconds, `events` the highest sequence number emitted."""
+
+    job_id: str
+    state: JobState
+    model: str
+    attempts: int
+    events: int
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    worker: str | None = None
+    cancel_requested: bool = False
+    outcome: TerminalEvent | None = Field(default=None, discriminator="type")

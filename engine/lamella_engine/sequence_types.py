@@ -1,0 +1,146 @@
+"""What goes into the engine and what comes out: plain frozen data, no torch.
+
+The worker, the tests and `AutoModel` all speak to the engine in these types only, so that the engine can move to
+another process without its callers noticing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # end token, stop string or stop id
+    LENGTH = "length"  # max_tokens or the context's end
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; same meaning and defaults as the wire's SamplingParams.
+
+    `seed` must be set where `temperature` > 0: the draw at a position is a function of (seed, position) alone.
+    `logprobs` is the number of alternatives reported per position (0: the chosen token only), None for none.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class SequenceRequest:
+    """One sequence: exactly one of `prompt_ids`, `prompt` (raw text) and `messages` (role, content pairs).
+
+    `generated_ids` are tokens drawn in an earlier life of the sequence: they are prefilled after the prompt, count
+    against `max_tokens`, and no event is made for them again.
+    """
+
+    sequence_id: str
+    sampling: Sampling = field(default_factory=Sampling)
+    prompt_ids: tuple[int, ...] | None = None
+    prompt: str | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
+    generated_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probability of the chosen token, and of the most likely ones as (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class SequenceTokens:
+    """The tokens one sweep brought to one sequence.
+
+    `position` counts generated tokens from 0 and is the index of ``token_ids[0]``; `text` is what the tokens add to
+    the visible text (empty while a character or a possible stop string is incomplete).
+    """
+
+    sequence_id: str
+    position: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SequencePrefill:
+    """A sweep read part of a sequence's prompt and brought no token yet."""
+
+    sequence_id: str
+    prefilled_tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class SequenceFinished:
+    """The last event of a sequence. `error_code` and `error` are set where the reason is ERROR.
+
+    `sweeps` are those the sequence rode in this life, `streamed_bytes` the weight bytes those sweeps moved.
+    """
+
+    sequence_id: str
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    sweeps: int
+    streamed_bytes: int
+    run_s: float
+    error_code: str | None = None
+    error: str | None = None
+
+
+SequenceEvent = SequenceTokens | SequencePrefill | SequenceFinished
+
+
+@dataclass(frozen=True)
+class SweepEvents:
+    """Everything one sweep produced, for all sequences that rode it, in order; at most one SequenceTokens each."""
+
+    events: tuple[SequenceEvent, ...]
+
+
+@dataclass(frozen=True)
+class EngineCounters:
+    """Totals since the engine opened; `last_sweep_at` is Unix seconds, None before the first sweep."""
+
+    running: int
+    waiting: int
+    sweeps: int
+    tokens: int
+    streamed_bytes: int
+    peak_rss_bytes: int
+    last_sweep_at: float | None
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the open engine is: the model as served and the device it runs on."""
+
+    model: str
+    family: str
+    dtype: str
+    device: str
+    num_layers: int
+    context_length: int
+    size_bytes: int
+    max_sequences: int

@@ -1,0 +1,55 @@
+"""What a shard is: the bytes of one layer (or of everything outside the layers) as one file, and where tensors lie.
+
+A shard is an ordinary safetensors file whose header is padded so that its data starts on 4096 bytes, with every
+tensor on 64. `shard_store` makes and checks them, `reader` moves them, `binding` turns them into parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA_ALIGNMENT = 4096
+TENSOR_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a shard: name relative to the layer (or to the model), torch dtype name, place in the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the data, a multiple of 64
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its data are `nbytes` bytes from `data_start` on."""
+
+    path: Path
+    data_start: int
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model in the store, checked and ready to stream.
+
+    Attributes:
+        name: the model's name as asked for.
+        directory: its directory in the store; config, generation config and tokenizer files lie in it.
+        dtype: torch dtype name the weights are stored in (of most bytes).
+        root: tensors outside the layers, under their full native names (embedding, final norm, head).
+        layers: one shard per decoder layer, in order; names relative to the layer.
+        size_bytes: bytes of all shards' data.
+    """
+
+    name: str
+    directory: Path
+    dtype: str
+    root: Shard
+    layers: tuple[Shard, ...]
+    size_bytes: int

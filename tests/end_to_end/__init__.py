@@ -1,0 +1,1 @@
+"""Tests of the end_to_end part."""
