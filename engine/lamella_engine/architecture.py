@@ -77,12 +77,25 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
     return Architecture(model, model.config.get_text_config(), path, layers)
 
 
+def sliding_windows(config: PretrainedConfig, num_layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window in tokens, or None where it sees everything, from the config's layer types."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
+    window = getattr(config, "sliding_window", None)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
 def _check_packable(model: PreTrainedModel) -> None:
     family = model.config.model_type
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(
             f"family {family!r} keeps a recurrent state per sequence, which the packed sweep does not carry yet; "
             "use a model whose layers are all attention, such as llama, qwen3, mistral, gemma3 or gpt_oss"
+        )
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModel(
+            f"family {family!r} has layers of kind {', '.join(sorted(unknown))}, which the packed sweep cannot run; "
+            "use a model whose layers are full or sliding-window attention"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModel(

@@ -1,0 +1,161 @@
+"""Attention over the packed sweep, in the form transformers calls it.
+
+Registered once under the name ``lamella``; each call stores the new keys and values in the key-value cache and attends
+every query to its own sequence only. One-token spans are served as one padded batch, longer spans one by one. The
+sweep in progress is thread-local, so that models which drop unknown keyword arguments work too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lamella_engine.errors import EngineError
+from lamella_engine.kv_cache import KVCache
+from lamella_engine.packing import PackedSweep
+
+IMPLEMENTATION = "lamella"
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    pack: PackedSweep
+    cache: KVCache
+    windows: tuple[int | None, ...]
+
+
+class _Current(threading.local):
+    sweep: _Sweep | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def sweep_attention(pack: PackedSweep, cache: KVCache, windows: tuple[int | None, ...]) -> Iterator[None]:
+    """Let attention calls of this thread serve `pack`; `windows` is each layer's sliding window in tokens, or None."""
+    _current.sweep = _Sweep(pack, cache, windows)
+    try:
+        yield
+    finally:
+        _current.sweep = None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a layer asks of the softmax: scale, soft cap on the scores, per-head sink logits."""
+
+    scale: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function transformers calls: `query`, `key`, `value` are [1, heads, T, width]; returns [1, T, heads, width].
+
+    Understands ``sliding_window``, ``softcap`` and ``s_aux`` (attention sinks); causality comes from the pack.
+    """
+    sweep = _current.sweep
+    if sweep is None:
+        raise EngineError("packed attention was called outside a sweep")
+    layer = module.layer_idx
+    assert isinstance(layer, int), "transformers numbers its attention layers"
+    window = kwargs.get("sliding_window") or sweep.windows[layer]
+    form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+    pack, cache = sweep.pack, sweep.cache
+    cache.store(layer, pack.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    parts = []
+    if pack.num_single:
+        keys, values = cache.load(layer, pack.single_slots)
+        parts.append(_attend_singles(query[0, :, : pack.num_single], keys, values, pack.single_mask(window), form))
+    for chunk in pack.chunks:
+        keys, values = cache.load(layer, chunk.slots)
+        rows = query[:, :, chunk.row : chunk.row + chunk.count]
+        mask = None if chunk.is_plain_causal(window) else chunk.mask(window)
+        parts.append(_attend_chunk(rows, keys, values, mask, form))
+    return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
+
+
+def _attend_singles(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, form: _Form
+) -> torch.Tensor:
+    """Decode: `query` [H, B, D], `keys`, `values` [B, L, Hk, D], `mask` [B, 1, 1, L] -> [B, H, D].
+
+    The query heads that share a key head take the place of query positions, so keys are never repeated.
+    """
+    heads, batch, width = query.shape
+    key_heads = keys.shape[2]
+    grouped = query.permute(1, 0, 2).reshape(batch, key_heads, heads // key_heads, width)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if form.softcap is None and form.sinks is None:
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=form.scale)
+    else:
+        sinks = None if form.sinks is None else form.sinks.reshape(1, key_heads, heads // key_heads, 1)
+        out = _softmax_attention(grouped, keys, values, mask, form, sinks)
+    return out.reshape(batch, heads, -1)
+
+
+def _attend_chunk(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, form: _Form
+) -> torch.Tensor:
+    """Prefill: `query` [1, H, n, D], `keys`, `values` [L, Hk, D], `mask` [n, L] or None (causal) -> [n, H, D]."""
+    repeats = query.shape[1] // keys.shape[1]
+    keys = keys.transpose(0, 1).repeat_interleave(repeats, 0)[None]
+    values = values.transpose(0, 1).repeat_interleave(repeats, 0)[None]
+    if form.softcap is None and form.sinks is None:
+        out = scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=form.scale
+        )
+    else:
+        if mask is None:
+            size = query.shape[2]
+            mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+        sinks = None if form.sinks is None else form.sinks.reshape(1, -1, 1, 1)
+        out = _softmax_attention(query, keys, values, mask, form, sinks)
+    return out[0].transpose(0, 1)
+
+
+def _softmax_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    form: _Form,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention written out, for soft caps and sinks; a sink takes part in the softmax and carries no value."""
+    scores = (query @ keys.transpose(-1, -2)) * form.scale
+    if form.softcap is not None:
+        scores = torch.tanh(scores / form.softcap) * form.softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is None:
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    else:
+        column = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+        weights = (scores - scores.max(-1, keepdim=True).values).softmax(-1)[..., :-1]
+    return weights @ values
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Masks come from the pack; transformers need not build any."""
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

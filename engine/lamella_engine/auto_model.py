@@ -1,0 +1,222 @@
+"""`AutoModel`: one model in one Python process, without Redis or workers, in the calls that airllm users know.
+
+A script written for airllm runs with its import line changed. What is not effective yet is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lamella_engine.device import resolve_device
+from lamella_engine.engine import Engine
+from lamella_engine.errors import EngineError, OptionError, SequenceError
+from lamella_engine.options import EngineOptions
+from lamella_engine.sequence_types import FinishReason, Sampling, SequenceFinished, SequenceRequest, SequenceTokens
+from lamella_engine.shard_store import ShardStore, default_store_root
+
+GENERATE_SEED = 0
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns with ``return_dict_in_generate=True``: `sequences`, int64 [batch, length]."""
+
+    sequences: torch.Tensor
+
+
+class AutoModel:
+    """A streamed model with a transformers-like `generate`; close it with `close` or a ``with`` block.
+
+    Attributes:
+        tokenizer: the model's transformers tokenizer, or None if it ships none.
+        engine: the engine underneath.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tokenizer = engine.codec.tokenizer if engine.codec is not None else None
+        self._calls = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(  # noqa: PLR0913 - the argument list is airllm's
+        cls,
+        path_or_id: str | Path,
+        compression: str | None = None,
+        layer_shards_saving_path: str | Path | None = None,
+        hf_token: str | None = None,
+        prefetching: bool = True,
+        delete_original: bool = False,
+        profiling_mode: bool = False,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> AutoModel:
+        """Open a checkpoint directory, a ``.gguf`` file, a model of the store or a hub id.
+
+        Args:
+            path_or_id: what to open.
+            compression: not supported yet; must be None.
+            layer_shards_saving_path: directory of the shard cache; None means the usual one.
+            hf_token: hub access token; None means the usual places.
+            prefetching: must be True, reading ahead is how the engine works.
+            delete_original: not supported yet; must be False.
+            profiling_mode: not supported yet; must be False.
+            device: ``cpu``, ``cuda:0``, ...; None means the first GPU, else the CPU.
+            dtype: compute type, such as ``"bfloat16"`` or ``torch.bfloat16``; None means the stored type.
+
+        Raises:
+            OptionError: an argument that is not supported yet.
+            ModelError: the model cannot be had or cannot run.
+        """
+        for name, value, supported in (
+            ("compression", compression, None),
+            ("prefetching", prefetching, True),
+            ("delete_original", delete_original, False),
+            ("profiling_mode", profiling_mode, False),
+        ):
+            if value != supported:
+                raise OptionError(f"{name}={value!r} is not supported yet; leave it at {supported!r}")
+        root = Path(layer_shards_saving_path).expanduser() if layer_shards_saving_path else default_store_root()
+        options = EngineOptions(
+            store=root,
+            device=device or "auto",
+            dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
+            hub_token=hf_token,
+        )
+        sharded = ShardStore(root).ensure(path_or_id, hub_token=hf_token)
+        return cls(Engine.open_sharded(sharded, resolve_device(options.device), options))
+
+    def __enter__(self) -> AutoModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything; idempotent."""
+        self.engine.close()
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 20,
+        use_cache: bool = True,
+        return_dict_in_generate: bool = False,
+        **sampling: Any,
+    ) -> torch.Tensor | GenerateOutput:
+        """Generate for a batch of prompts; all of them ride the same sweeps.
+
+        Args:
+            input_ids: int64 [batch, length]; padding is told by `attention_mask`, or by the tokenizer's pad token
+                where that is not also an end token (as transformers does).
+            attention_mask: [batch, length], 0 where padded.
+            max_new_tokens: tokens to generate at most.
+            use_cache: must be True, the engine always keeps keys and values.
+            return_dict_in_generate: return a `GenerateOutput` instead of the tensor.
+            **sampling: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
+                ``seed``, ``stop_strings``; without ``do_sample=True`` decoding is greedy.
+
+        Returns:
+            int64 [batch, length + new]: each row its input and its new tokens, padded at the end.
+
+        Raises:
+            OptionError: an unknown or unusable argument.
+            SequenceError: a prompt that cannot run.
+        """
+        if not use_cache:
+            raise OptionError("use_cache=False is not supported; the engine always keeps keys and values")
+        if input_ids.dim() != 2 or not input_ids.shape[0]:
+            raise OptionError(f"input_ids has shape {list(input_ids.shape)}; give [batch, length]")
+        params = _sampling(max_new_tokens, sampling)
+        prompts = self._prompts(input_ids, attention_mask)
+        with self._lock:
+            generated = self._run(prompts, params)
+        longest = max(len(tokens) for tokens in generated)
+        pad = self._pad_token()
+        rows = [
+            row.tolist() + tokens + [pad] * (longest - len(tokens))
+            for row, tokens in zip(input_ids, generated, strict=True)
+        ]
+        sequences = torch.tensor(rows, dtype=torch.int64, device=input_ids.device)
+        return GenerateOutput(sequences) if return_dict_in_generate else sequences
+
+    def _prompts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+        mask = attention_mask
+        if mask is None:
+            pad = getattr(self.tokenizer, "pad_token_id", None)
+            if pad is None or pad in self.engine.end_token_ids:
+                mask = torch.ones_like(input_ids)
+            else:
+                mask = input_ids.ne(int(pad))
+        if mask.shape != input_ids.shape:
+            raise OptionError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(input_ids.shape)}")
+        return [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+
+    def _pad_token(self) -> int:
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        if pad is not None:
+            return int(pad)
+        return min(self.engine.end_token_ids, default=0)
+
+    def _run(self, prompts: list[list[int]], params: Sampling) -> list[list[int]]:
+        self._calls += 1
+        ids = [f"generate-{self._calls}-{row}" for row in range(len(prompts))]
+        generated: dict[str, list[int]] = {sequence_id: [] for sequence_id in ids}
+        pending = set(ids)
+        try:
+            for sequence_id, prompt in zip(ids, prompts, strict=True):
+                self.engine.submit(SequenceRequest(sequence_id, params, prompt_ids=tuple(prompt)))
+            self._collect(generated, pending)
+        except BaseException:
+            for sequence_id in pending:
+                self.engine.cancel(sequence_id)
+            raise
+        return [generated[sequence_id] for sequence_id in ids]
+
+    def _collect(self, generated: dict[str, list[int]], pending: set[str]) -> None:
+        for batch in self.engine.events():
+            for event in batch.events:
+                if event.sequence_id not in generated:
+                    continue  # a leftover of an earlier call that was interrupted
+                if isinstance(event, SequenceTokens):
+                    generated[event.sequence_id].extend(event.token_ids)
+                elif isinstance(event, SequenceFinished):
+                    pending.discard(event.sequence_id)
+                    if event.reason is FinishReason.ERROR:
+                        raise SequenceError(event.error_code or "engine", event.error or "the sequence failed")
+            if not pending:
+                return
+        raise EngineError("the engine was closed while generating")
+
+
+def _sampling(max_new_tokens: int, given: dict[str, Any]) -> Sampling:
+    known = (
+        "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop_strings"
+    )  # fmt: skip
+    if unknown := sorted(set(given) - set(known)):
+        raise OptionError(f"generate does not know {', '.join(unknown)}; it knows {', '.join(known)}")
+    if max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    is_random = bool(given.get("do_sample", False))
+    stop: str | Iterable[str] = given.get("stop_strings") or ()
+    return Sampling(
+        max_tokens=max_new_tokens,
+        temperature=float(given.get("temperature", 1.0)) if is_random else 0.0,
+        top_k=given.get("top_k") or None if is_random else None,
+        top_p=float(given.get("top_p", 1.0)) if is_random else 1.0,
+        min_p=float(given.get("min_p") or 0.0) if is_random else 0.0,
+        repetition_penalty=float(given.get("repetition_penalty", 1.0)),
+        seed=int(given.get("seed", GENERATE_SEED)) if is_random else None,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )

@@ -1,0 +1,47 @@
+"""Which device the engine computes on, and what is known of its memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+from lamella_engine.errors import DeviceError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device for ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` (the first GPU, else the CPU).
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise DeviceError(f"{name!r} is not a device; use cpu, cuda, cuda:0, cuda:1, ... or auto")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(index or 0)
+    if number >= count:
+        raise DeviceError(
+            f"there is no device {name!r}: torch {torch.__version__} sees {count} CUDA device(s) here. "
+            "Use --device cpu, or install a torch build that matches the driver (`lamella doctor` tells)."
+        )
+    return torch.device("cuda", number)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken on `device`: free GPU memory, or available RAM."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,142 @@
+"""Chooses the next token of each sequence from the logits of a sweep.
+
+Order of steps, as in transformers: penalties, temperature, top-k, top-p, min-p, draw. The draw uses one uniform
+number that is a function of (seed, position) alone, turned into a token by the inverse of the cumulative distribution
+in order of probability, so that batching, resuming and the device do not change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from lamella_engine.errors import SequenceError
+from lamella_engine.sequence_types import Sampling, TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the sampler must know of one sequence: its parameters and its tokens so far."""
+
+    sampling: Sampling
+    prompt_ids: list[int]
+    generated_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The token of one sequence, or why there is none."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    error: SequenceError | None = None
+
+
+def sample(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
+    """One `Choice` per row of `logits` (float32 [len(draws), vocabulary]); a row that is not finite gets an error."""
+    broken = (~torch.isfinite(logits.amax(-1)) | torch.isnan(logits).any(-1)).tolist()
+    adjusted = logits
+    if any(_has_penalty(draw.sampling) for draw in draws):
+        adjusted = torch.stack([_penalise(row, draw) for row, draw in zip(logits, draws, strict=True)])
+    tokens = adjusted.argmax(-1).tolist()
+    random = [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0 and not broken[i]]
+    for i in random:
+        tokens[i] = _draw_token(adjusted[i], draws[i].sampling, len(draws[i].generated_ids))
+    choices = []
+    for i, draw in enumerate(draws):
+        if broken[i]:
+            choices.append(Choice(0, None, _not_finite()))
+        else:
+            choices.append(Choice(tokens[i], _logprobs(logits[i], tokens[i], draw.sampling.logprobs)))
+    return choices
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) drawn at `position` (generated tokens so far) under `seed`; equal on every machine."""
+    digest = hashlib.blake2b(position.to_bytes(8, "little"), digest_size=8, key=seed.to_bytes(16, "little")).digest()
+    return (int.from_bytes(digest, "little") >> 11) / float(1 << 53)
+
+
+def _not_finite() -> SequenceError:
+    return SequenceError(
+        "not_finite",
+        "the model's output is not a number; the compute type overflows on this model. "
+        "Run it with dtype bfloat16 or float32.",
+    )
+
+
+def _has_penalty(sampling: Sampling) -> bool:
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+
+
+def _penalise(row: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """`row` after the penalties: repetition over prompt and generated tokens, the others over generated ones."""
+    sampling = draw.sampling
+    row = row.clone()
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted({*draw.prompt_ids, *draw.generated_ids}), device=row.device)
+        scores = row[seen]
+        row[seen] = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
+    if draw.generated_ids and (sampling.presence_penalty or sampling.frequency_penalty):
+        tokens = torch.tensor(draw.generated_ids, device=row.device)
+        seen, counts = torch.unique(tokens, return_counts=True)
+        row[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    return row
+
+
+def _draw_token(row: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """Draw from `row` (float32 [vocabulary]) after temperature, top-k, top-p and min-p."""
+    assert sampling.seed is not None, "the engine checks that a random sequence has a seed"
+    scores, order = _candidates(row / sampling.temperature, sampling)
+    # The few candidates are weighed on the CPU in float64, so that the draw is the same for every device.
+    probabilities = scores.double().cpu().softmax(-1)
+    if sampling.top_p < 1.0 and sampling.top_k is not None:
+        probabilities = probabilities[: _nucleus(probabilities, sampling.top_p)]
+    if sampling.min_p > 0.0:
+        probabilities = torch.where(probabilities < sampling.min_p * probabilities.max(), 0.0, probabilities)
+    cumulative = probabilities.cumsum(-1)
+    target = uniform(sampling.seed, position) * float(cumulative[-1])
+    index = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))
+    return int(order[min(index, int(probabilities.nonzero()[-1]))])
+
+
+def _candidates(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores that can be drawn and their token ids; sorted by score where a filter needs that.
+
+    Sorting a whole vocabulary costs more than the draw, so a top-p filter looks at growing parts of the best tokens
+    until they hold enough of the mass.
+    """
+    vocabulary = scores.shape[-1]
+    if sampling.top_k is not None:
+        best = scores.topk(min(sampling.top_k, vocabulary))
+        return best.values, best.indices
+    if sampling.top_p == 1.0:
+        return scores, torch.arange(vocabulary)
+    total = scores.double().logsumexp(-1)
+    size = 256
+    while True:
+        size = min(size * 4, vocabulary)
+        best = scores.topk(size)
+        probabilities = (best.values.double() - total).exp()
+        if size == vocabulary or float(probabilities.sum()) >= sampling.top_p:
+            keep = _nucleus(probabilities, sampling.top_p)
+            return best.values[:keep], best.indices[:keep]
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> int:
+    """How many of the sorted `probabilities` it takes to reach `top_p`; at least one."""
+    before = probabilities.cumsum(-1) - probabilities
+    return max(1, int((before < top_p).sum()))
+
+
+def _logprobs(row: torch.Tensor, token: int, count: int | None) -> TokenLogprobs | None:
+    if count is None:
+        return None
+    logs = row.log_softmax(-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        values, indices = logs.topk(min(count, logs.shape[-1]))
+        top = tuple(zip(indices.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token, float(logs[token]), top)
