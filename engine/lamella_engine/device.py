@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -43,5 +44,10 @@ def free_memory_bytes(device: torch.device) -> int:
 
 def peak_rss_bytes() -> int:
     """The most memory this process has had resident so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # rusage would count what the parent had when it forked, too
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

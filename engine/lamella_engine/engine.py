@@ -257,7 +257,6 @@ class Engine:
             events: list[SequenceEvent] = [
                 self._end(sequence, FinishReason.ERROR, "engine", message) for sequence in list(self._scheduler.running)
             ]
-            self._model.rewind()
             return events
 
     def _advance(self, rides: list[Ride], logits: torch.Tensor) -> list[SequenceEvent]:

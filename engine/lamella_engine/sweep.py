@@ -42,6 +42,7 @@ class SweepModel:
         self._model.set_attn_implementation(IMPLEMENTATION)
         self._windows = architecture.sliding_windows(built.config, len(built.layers))
         self._layers_run = 0
+        self._is_interrupted = False  # a sweep failed half-way, the slots are not at the first layer
         materialise_root(built, sharded, device)
         self._bindings = [LayerBinding(layer, shard) for layer, shard in zip(built.layers, sharded.layers, strict=True)]
         self._slots = open_layer_slots(sharded.layers, ring_slots, device)
@@ -50,12 +51,18 @@ class SweepModel:
             layer.register_forward_hook(self._leave(index), with_kwargs=True)
 
     def run(self, pack: PackedSweep, cache: KVCache) -> torch.Tensor:
-        """Run one sweep; logits of each span's last token, float32 [number of spans, vocabulary], in pack order.
+        """Run one sweep, from the first layer whatever became of the one before.
+
+        Returns:
+            Logits of each span's last token, float32 [number of spans, vocabulary], in pack order.
 
         Raises:
-            ShardError: a shard could not be read; `rewind` before the next run.
+            ShardError: a shard could not be read.
             EngineError: the model did not call its layers once each, in order.
         """
+        if self._is_interrupted:
+            self._slots.rewind()
+        self._is_interrupted = True
         self._layers_run = 0
         with torch.inference_mode(), sweep_attention(pack, cache, self._windows):
             output = self._model(
@@ -67,16 +74,13 @@ class SweepModel:
             if self._layers_run != len(self._bindings):
                 raise EngineError(f"the model ran {self._layers_run} of its {len(self._bindings)} layers in this sweep")
             logits: torch.Tensor = output.logits[0].float()
+        self._is_interrupted = False
         return logits
 
     @property
     def streamed_bytes_per_sweep(self) -> int:
         """Weight bytes that one sweep reads from the shards."""
         return sum(shard.nbytes for shard in self.sharded.layers)
-
-    def rewind(self) -> None:
-        """Make ready for a sweep from the first layer, after one that failed."""
-        self._slots.rewind()
 
     def close(self) -> None:
         """Stop reading and drop the weights; idempotent."""

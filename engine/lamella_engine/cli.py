@@ -1,0 +1,227 @@
+"""The commands on models: ``lamella models ...`` and ``python -m lamella_engine ...``.
+
+Owns arguments, output and exit codes: 0 for done, 1 for a model that cannot be had or is broken, 2 for a wrong call.
+What is asked for goes to standard output, progress and errors to standard error. `shard_store` does the work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lamella_engine import inspection
+from lamella_engine.byte_size import byte_size
+from lamella_engine.console_progress import ConsoleProgress
+from lamella_engine.errors import EngineError, ModelError
+from lamella_engine.inspection import CardFit, ModelFacts
+from lamella_engine.manifest import Manifest
+from lamella_engine.names import check_model_name
+from lamella_engine.options import DTYPES
+from lamella_engine.shard_store import ShardStore, default_store_root
+
+EXIT_FAILED = 1
+
+app = typer.Typer(
+    name="models",
+    help="The models of this host's shard cache: list, inspect, verify, remove, pull, import.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _check_dtype(value: str | None) -> str | None:
+    if value is not None and value not in DTYPES:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(DTYPES)}")
+    return value
+
+
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Directory of the shard cache; else LAMELLA_STORE, else ~/.cache/lamella/shards."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help=f"Store weights as {', '.join(DTYPES)}; else as they are.", callback=_check_dtype),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")]
+StoredName = Annotated[str, typer.Argument(help="The model's name in the store, as `list` shows it.")]
+
+
+@app.command("list")
+def list_models(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """List the models in the store."""
+    with _plain_errors():
+        manifests = _store(store).list()
+    if as_json:
+        typer.echo(json.dumps([_summary(manifest) for manifest in manifests], indent=2))
+    elif not manifests:
+        typer.echo(f"no models in {_store(store).root}; add one with `pull NAME` or `import NAME PATH`")
+    else:
+        _print_columns([("NAME", "FAMILY", "LAYERS", "DTYPE", "SIZE", "FROM"), *map(_row, manifests)])
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A name in the store or on the hub, a directory or a .gguf file.")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model is and what would fit where; reads config and headers only."""
+    with _plain_errors():
+        facts = inspection.inspect(model, _store(store))
+    if as_json:
+        typer.echo(json.dumps({**asdict(facts), "size_bytes": facts.size_bytes}, indent=2))
+    else:
+        _print_columns(_described(facts))
+
+
+@app.command()
+def verify(name: StoredName, store: StoreOption = None) -> None:
+    """Hash every shard of a model and compare with what was built."""
+    with _plain_errors():
+        opened = _store(store)
+        opened.verify(name)
+        manifest = opened.manifest(name)
+    typer.echo(f"{name} is whole: {len(manifest.shards)} shards, {byte_size(manifest.size_bytes)}")
+
+
+@app.command()
+def remove(name: StoredName, store: StoreOption = None) -> None:
+    """Delete a model's shards from the store; the source they were built from is not touched."""
+    with _plain_errors():
+        _store(store).remove(name)
+    typer.echo(f"removed {name}")
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="owner/name or owner/name@revision on the hub.")],
+    store: StoreOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Fetch a model from the hub and build its shards; does nothing if the store has it."""
+    _build(name, None, store, dtype)
+
+
+@app.command("import")
+def import_model(
+    name: Annotated[str, typer.Argument(help="The name that the model gets in the store.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint directory or a .gguf file.")],
+    store: StoreOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Build shards from a checkpoint on this host; does nothing if the store has the model from it."""
+    _build(name, path.expanduser(), store, dtype)
+
+
+def _build(name: str, source: Path | None, root: Path | None, dtype: str | None) -> None:
+    with _plain_errors():
+        store = _store(root)
+        is_there = store.has(check_model_name(name))
+        with ConsoleProgress() as progress:
+            sharded = store.ensure(_by_name(name, source), source=source, dtype=dtype, progress=progress)
+    what = f"{len(sharded.layers)} layers, {sharded.dtype}, {byte_size(sharded.size_bytes)}"
+    typer.echo(f"{name} is in the store already: {what}" if is_there else f"{name} is ready: {what}")
+
+
+def _by_name(name: str, source: Path | None) -> str:
+    """`name`, unless it is also a path here, which the store would take it for."""
+    if source is None and Path(name).exists():
+        raise ModelError(
+            f"{name!r} is a path here; `import NAME {name}` builds from it. To fetch the model of that name from the "
+            "hub, change to another directory."
+        )
+    return name
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """One line instead of a stack trace for what can go wrong with models and files."""
+    try:
+        yield
+    except EngineError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_FAILED) from error
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        typer.echo(f"error: cannot use{place}: {error.strerror or error}", err=True)
+        raise typer.Exit(EXIT_FAILED) from error
+
+
+def _store(root: Path | None) -> ShardStore:
+    return ShardStore(root or default_store_root())
+
+
+def _summary(manifest: Manifest) -> dict[str, object]:
+    return {
+        "name": manifest.name,
+        "revision": manifest.revision,
+        "source_kind": manifest.source_kind,
+        "source": manifest.source,
+        "family": manifest.family,
+        "dtype": manifest.dtype,
+        "num_layers": len(manifest.layers),
+        "size_bytes": manifest.size_bytes,
+    }
+
+
+def _row(manifest: Manifest) -> tuple[str, ...]:
+    size = byte_size(manifest.size_bytes)
+    return (manifest.name, manifest.family, str(len(manifest.layers)), manifest.dtype, size, manifest.source)
+
+
+def _described(facts: ModelFacts) -> list[tuple[str, str]]:
+    rows = [
+        ("model", f"{facts.name} ({facts.found_in})"),
+        ("revision", facts.revision or "-"),
+        ("family", facts.family),
+        ("runs here", "yes" if facts.obstacle is None else f"no: {facts.obstacle}"),
+        ("dtype", facts.dtype),
+        ("layers", str(facts.num_layers)),
+    ]
+    if facts.size_bytes:
+        rows += [
+            ("parameters", f"{facts.parameters:,}"),
+            ("size", byte_size(facts.size_bytes)),
+            ("layer size", _span(facts.layer_bytes_min, facts.layer_bytes_max)),
+            ("outside layers", f"{byte_size(facts.root_bytes)}, always resident"),
+        ]
+    rows += [
+        ("hidden size", str(facts.hidden_size)),
+        ("attention heads", f"{facts.attention_heads or '-'}, key-value heads {_several(facts.kv_heads)}"),
+        ("head width", f"keys {_several(facts.key_widths)}, values {_several(facts.value_widths)}"),
+        ("context", f"{facts.context_length} tokens" if facts.context_length else "no limit named"),
+        ("sliding window", f"{facts.sliding_window} tokens" if facts.sliding_window else "none"),
+        ("vocabulary", f"{facts.vocabulary}, embeddings {'tied' if facts.tied_embeddings else 'not tied'}"),
+        ("keys and values", f"at most {byte_size(facts.kv_bytes_per_token)} a token"),
+    ]
+    return rows + [(f"on {byte_size(card.card_bytes)}", _fit(card, facts)) for card in facts.cards]
+
+
+def _fit(card: CardFit, facts: ModelFacts) -> str:
+    if not card.runs:
+        return "does not fit: too small for what lies outside the layers and three layers"
+    if card.resident_layers == facts.num_layers:
+        return "fits whole, nothing streams"
+    return f"streams; {card.resident_layers} of {facts.num_layers} layers could stay resident"
+
+
+def _span(low: int, high: int) -> str:
+    return byte_size(low) if low == high else f"{byte_size(low)} to {byte_size(high)}"
+
+
+def _several(values: Iterable[int]) -> str:
+    return " or ".join(str(value) for value in values) or "-"
+
+
+def _print_columns(rows: list[tuple[str, ...]] | list[tuple[str, str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())

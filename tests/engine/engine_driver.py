@@ -1,0 +1,51 @@
+"""Drives an engine in tests: submits sequences, gathers what comes back."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from lamella_engine import Engine, Sampling, SequenceFinished, SequenceRequest, SequenceTokens
+
+
+@dataclass
+class Outcome:
+    """What one sequence produced from `first_position` on."""
+
+    first_position: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finished: SequenceFinished | None = None
+
+
+def submit_ids(engine: Engine, name: str, prompt: list[int], sampling: Sampling) -> None:
+    engine.submit(SequenceRequest(name, sampling, prompt_ids=tuple(prompt)))
+
+
+def gather(engine: Engine, names: set[str], deadline_s: float = 60.0) -> dict[str, Outcome]:
+    """Follow the events until all of `names` have ended."""
+    outcomes: dict[str, Outcome] = {}
+    deadline = time.monotonic() + deadline_s
+    for batch in engine.events(poll_s=0.1):
+        for event in batch.events:
+            outcome = outcomes.setdefault(event.sequence_id, Outcome())
+            assert outcome.finished is None, f"{event.sequence_id} had an event after its last"
+            if isinstance(event, SequenceTokens):
+                if outcome.first_position is None:
+                    outcome.first_position = event.position
+                assert event.position == outcome.first_position + len(outcome.token_ids)
+                outcome.token_ids.extend(event.token_ids)
+                outcome.text += event.text
+            elif isinstance(event, SequenceFinished):
+                outcome.finished = event
+        if names <= {name for name, outcome in outcomes.items() if outcome.finished}:
+            return outcomes
+        assert time.monotonic() < deadline, f"only {outcomes} ended within {deadline_s} s"
+    raise AssertionError("the engine was closed")
+
+
+def generate(engine: Engine, prompt: list[int], sampling: Sampling) -> Outcome:
+    name = uuid.uuid4().hex
+    submit_ids(engine, name, prompt, sampling)
+    return gather(engine, {name})[name]

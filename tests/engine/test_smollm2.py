@@ -1,0 +1,136 @@
+"""The real model: streamed tokens equal a full load's, alone and in one batch, in less memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lamella_engine import Engine, EngineOptions, Sampling, SequenceRequest, ShardStore
+from tests.engine.engine_driver import gather
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about rivers.",
+    "def fibonacci(n):",
+    "Explain to a child why the sky is blue.",
+    "1, 1, 2, 3, 5, 8,",
+    "List three fruits: 🍎",
+    "Who wrote Hamlet?",
+    "Translate to French: good morning",
+]
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def full_load(smollm2_gguf: Path) -> dict[str, list[int]]:
+    """Greedy tokens by transformers' own load of the same file, by question."""
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent,
+        gguf_file=smollm2_gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    answers = {}
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        answers[question] = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2_store: Path) -> Iterator[Engine]:
+    options = EngineOptions(store=smollm2_store, device="cpu", max_sequences=len(QUESTIONS), offline=True)
+    with Engine.open("SmolLM2-135M-Instruct", options) as engine:
+        yield engine
+
+
+def ask(engine: Engine, name: str, question: str) -> None:
+    engine.submit(SequenceRequest(name, Sampling(max_tokens=TOKENS), messages=(("user", question),)))
+
+
+def test_tokens_equal_a_full_load_alone(engine: Engine, full_load: dict[str, list[int]]) -> None:
+    answers = {}
+    for question in QUESTIONS:
+        ask(engine, question, question)
+        answers[question] = gather(engine, {question})[question].token_ids
+
+    assert answers == full_load
+
+
+def test_tokens_equal_a_full_load_in_one_batch(engine: Engine, full_load: dict[str, list[int]]) -> None:
+    sweeps = engine.counters().sweeps
+
+    for question in QUESTIONS:
+        ask(engine, question, question)
+    outcomes = gather(engine, set(QUESTIONS))
+
+    assert {question: outcome.token_ids for question, outcome in outcomes.items()} == full_load
+    assert engine.counters().sweeps - sweeps <= TOKENS + 2
+
+
+def test_the_capital_of_france_is_paris(engine: Engine) -> None:
+    ask(engine, "paris", QUESTIONS[0])
+
+    assert "Paris" in gather(engine, {"paris"})["paris"].text
+
+
+def test_memory_stays_below_a_full_load_by_about_the_streamed_layers(smollm2_store: Path) -> None:
+    sharded = ShardStore(smollm2_store).open("SmolLM2-135M-Instruct")
+    layers = [shard.nbytes for shard in sharded.layers]
+
+    streamed = _peak_growth_bytes("stream", smollm2_store)
+    full = _peak_growth_bytes("full", smollm2_store)
+
+    saved = sum(layers) - 3 * max(layers)
+    assert full - streamed > 0.8 * saved, f"full {full / 1e6:.0f} MB, streamed {streamed / 1e6:.0f} MB"
+
+
+_MEASURE = """
+import json, sys
+import torch, transformers
+from pathlib import Path
+from lamella_engine import AutoModel, ShardStore
+from lamella_engine.sweep import materialise_root
+from lamella_engine import architecture
+from lamella_engine.binding import LayerBinding
+from lamella_engine.reader import read_shard
+from lamella_engine.slots import BoundSlot
+from lamella_engine.device import peak_rss_bytes as peak
+
+mode, store = sys.argv[1], Path(sys.argv[2])
+sharded = ShardStore(store).open("SmolLM2-135M-Instruct")
+architecture.build(architecture.load_config(sharded.directory), torch.float32)
+ids = torch.arange(100, 120)[None]
+before = peak()
+if mode == "stream":
+    with AutoModel.from_pretrained("SmolLM2-135M-Instruct", layer_shards_saving_path=store, device="cpu") as model:
+        model.generate(ids, max_new_tokens=4)
+else:
+    built = architecture.build(architecture.load_config(sharded.directory), torch.float32)
+    materialise_root(built, sharded, torch.device("cpu"))
+    for index, (layer, shard) in enumerate(zip(built.layers, sharded.layers)):
+        LayerBinding(layer, shard).bind(BoundSlot(index, read_shard(shard)))
+    with torch.inference_mode():
+        built.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+print(json.dumps(peak() - before))
+"""
+
+
+def _peak_growth_bytes(mode: str, store: Path) -> int:
+    """How much the peak resident memory of a fresh process grows while it generates, loading `mode`."""
+    result = subprocess.run(
+        [sys.executable, "-c", _MEASURE, mode, str(store)], capture_output=True, text=True, timeout=200, check=True
+    )
+    return int(json.loads(result.stdout.strip().splitlines()[-1]))
