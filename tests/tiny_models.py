@@ -28,32 +28,32 @@ SENTENCES = [
     "One, two, three, four, five, six, seven, eight, nine, ten; 1 2 3 5 8 13 21 34 55 89.",
 ]
 
-_DENSE: dict[str, object] = dict(
-    vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-_WIDE_HEAD: dict[str, object] = _DENSE | dict(head_dim=16)
-_QWEN_EXPERTS: dict[str, object] = dict(
-    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
-    decoder_sparse_step=1,
-)  # fmt: skip
-_ROUTED: dict[str, object] = dict(
-    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
-    first_k_dense_replace=1,
-)  # fmt: skip
-_LATENT: dict[str, object] = dict(
-    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16
-)
-_RECURRENT: dict[str, object] = dict(
-    linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16
-)
-_SPECIAL: dict[str, object] = dict(vocab_size=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-_WINDOW: dict[str, object] = dict(sliding_window=8)
+_DENSE: dict[str, object] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_WIDE_HEAD: dict[str, object] = _DENSE | {"head_dim": 16}
+_QWEN_EXPERTS: dict[str, object] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+}  # fmt: skip
+_ROUTED: dict[str, object] = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+_LATENT: dict[str, object] = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16
+}
+_RECURRENT: dict[str, object] = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16
+}
+_SPECIAL: dict[str, object] = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_WINDOW: dict[str, object] = {"sliding_window": 8}
 
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": _DENSE,
     "mistral": _DENSE | _WINDOW,
-    "mixtral": _DENSE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "mixtral": _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2": _DENSE,
     "qwen3": _WIDE_HEAD,
     "qwen2_moe": _DENSE | _QWEN_EXPERTS,
@@ -64,11 +64,11 @@ FAMILIES: dict[str, dict[str, object]] = {
     "gemma": _WIDE_HEAD,
     "gemma2": _WIDE_HEAD | _WINDOW,
     "gemma3_text": _WIDE_HEAD | _WINDOW,
-    "gemma4_text": _WIDE_HEAD | _WINDOW | dict(global_head_dim=16, vocab_size_per_layer_input=128),
+    "gemma4_text": _WIDE_HEAD | _WINDOW | {"global_head_dim": 16, "vocab_size_per_layer_input": 128},
     "phi": _DENSE,
     "phi3": _DENSE,
-    "phimoe": _DENSE | dict(num_local_experts=4),
-    "gpt_oss": _WIDE_HEAD | _WINDOW | dict(num_local_experts=4, num_experts_per_tok=2),
+    "phimoe": _DENSE | {"num_local_experts": 4},
+    "gpt_oss": _WIDE_HEAD | _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "internlm3": _WIDE_HEAD,
     "olmo2": _DENSE,
     "granite": _DENSE,
@@ -82,12 +82,12 @@ FAMILIES: dict[str, dict[str, object]] = {
     "deepseek_v3": _DENSE | _LATENT | _ROUTED,
     "ministral3": _DENSE,
     "falcon": _SPECIAL
-    | dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, new_decoder_architecture=False),
-    "gpt2": _SPECIAL | dict(n_embd=64, n_layer=4, n_head=4, n_positions=256),
+    | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "new_decoder_architecture": False},
+    "gpt2": _SPECIAL | {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256},
     "opt": _SPECIAL
-    | dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, ffn_dim=96, word_embed_proj_dim=64)
-    | dict(max_position_embeddings=256),
-    "bloom": _SPECIAL | dict(hidden_size=64, n_layer=4, n_head=4),
+    | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 96, "word_embed_proj_dim": 64}
+    | {"max_position_embeddings": 256},
+    "bloom": _SPECIAL | {"hidden_size": 64, "n_layer": 4, "n_head": 4},
 }
 
 
@@ -150,9 +150,9 @@ def save_tiny_llama(directory: Path, *, seed: int = 0, layers: int = 4, max_shar
     Its greedy text varies from token to token; it never ends on purpose within a few dozen tokens.
     """
     tokenizer = save_tokenizer(directory)
-    shape: dict[str, object] = dict(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT_TOKENS,
-        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    shape: dict[str, object] = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT_TOKENS,
+        "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
     return save_checkpoint(directory, "llama", shape, seed=seed, std=0.3, max_shard_size=max_shard_size)

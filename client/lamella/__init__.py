@@ -1,1 +1,97 @@
-"""Lamella."""
+"""Lamella's client library: submit generation jobs to Redis and follow their tokens live.
+
+Files in the order in which a request flows through them:
+
+- `client`, `async_client`: the calls users make; `job`, `async_job`: a handle on one job
+- `request_draft`: arguments checked, mistakes named
+- `operations`: what is exchanged with the registry, as `steps`
+- `registry_calls`, ``lua/``: the scripts; `celery_message`: how a worker hears of a job; `keys`: every Redis name
+- `connection`: pools, timeouts, retries; `server_url`: which server; `server_errors`: wording of its refusals
+- `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections
+- `messages`, `records`: what comes back, as types; `completion`: a finished job's text
+- `errors`: everything that is raised
+- `embedded`, `child_process`, `service_state`: a private server for `lamella up`
+- `cli`: the ``lamella`` command
+
+Importing this package loads neither torch nor celery.
+"""
+
+from lamella.async_client import AsyncClient
+from lamella.async_job import AsyncJob
+from lamella.client import Client
+from lamella.completion import Completion
+from lamella.errors import (
+    ConfigError,
+    DecodeError,
+    IdempotencyConflict,
+    JobCancelled,
+    JobError,
+    JobFailed,
+    JobNotFound,
+    LamellaError,
+    NoWorkerError,
+    QueueFull,
+    RequestError,
+    ServerError,
+    ServerRefused,
+    ServerUnreachable,
+    WaitTimeout,
+)
+from lamella.job import Job
+from lamella.messages import (
+    Cancelled,
+    ChatMessage,
+    Done,
+    Failed,
+    JobState,
+    JobStatus,
+    ModelInfo,
+    Progress,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+    WorkerInfo,
+)
+from lamella.registry_calls import CancelStatus
+from lamella.stream_order import StreamItem
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncClient",
+    "AsyncJob",
+    "CancelStatus",
+    "Cancelled",
+    "ChatMessage",
+    "Client",
+    "Completion",
+    "ConfigError",
+    "DecodeError",
+    "Done",
+    "Failed",
+    "IdempotencyConflict",
+    "Job",
+    "JobCancelled",
+    "JobError",
+    "JobFailed",
+    "JobNotFound",
+    "JobState",
+    "JobStatus",
+    "LamellaError",
+    "ModelInfo",
+    "NoWorkerError",
+    "Progress",
+    "QueueFull",
+    "RequestError",
+    "SamplingParams",
+    "ServerError",
+    "ServerRefused",
+    "ServerUnreachable",
+    "StreamItem",
+    "TokenEvent",
+    "TokenLogprob",
+    "Usage",
+    "WaitTimeout",
+    "WorkerInfo",
+]

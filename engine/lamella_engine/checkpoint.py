@@ -1,7 +1,8 @@
-"""A checkpoint as it comes from outside: where its tensors are and what its config says.
+"""A transformers checkpoint directory: config, tokenizer files, and weights in one or many safetensors files.
 
-One small interface for safetensors directories (here) and GGUF files (`gguf_checkpoint`): tensors grouped by decoder
-layer under the native names of transformers' module tree, read one group at a time.
+Owns finding and checking the files and reading single tensors; `convert` gives them their native names. Files are
+found through the index, never by their names. Tensors are read, not mapped: a file that shrinks while it is read is an
+error here and not a crash.
 """
 
 from __future__ import annotations
@@ -10,212 +11,193 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig
 
-from lamella_engine import architecture
-from lamella_engine.architecture import Architecture
+from lamella_engine import architecture, convert
 from lamella_engine.errors import CheckpointError, ModelNotFound, UnsupportedModel
 from lamella_engine.safetensors_header import SafetensorsHeader, TensorEntry, read_header
+from lamella_engine.weight_source import Conversion
 
-ROOT_GROUP = -1  # tensors outside the decoder layers
-
-INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+COMPANIONS = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth")
+_MAX_READ_BYTES = 1 << 30
 
 
-class Checkpoint(Protocol):
-    """A source of weights."""
+class DirectoryCheckpoint:
+    """A checkpoint directory whose headers have been checked."""
 
-    kind: str
-    dtype: str  # torch dtype name of most weight bytes, as they will be stored
+    def __init__(self, path: Path, headers: tuple[SafetensorsHeader, ...]) -> None:
+        self.path = path
+        self._headers = headers
+        self.tensors: Mapping[str, tuple[Path, TensorEntry]] = {
+            name: (header.path, entry) for header in headers for name, entry in header.tensors.items()
+        }
 
-    def config(self) -> PretrainedConfig:
-        """The model's config."""
-
-    def names(self) -> tuple[str, ...]:
-        """Source names of all tensors."""
-
-    def nbytes(self, name: str) -> int:
-        """Bytes that the tensor `name` takes in the source."""
-
-    def files(self) -> tuple[Path, ...]:
-        """The files that decide what the model computes: weights, and the config where it is a file of its own."""
-
-    def save_side_files(self, directory: Path) -> None:
-        """Copy config, generation config and tokenizer to `directory`."""
-
-    def groups(self, built: Architecture, dtype: str | None) -> Mapping[int, GroupSource]:
-        """The tensors of each decoder layer and of `ROOT_GROUP`, converted to `dtype` if given, to be read lazily."""
-
-
-class GroupSource(Protocol):
-    """The tensors of one layer, or of all that lies outside the layers."""
-
-    def expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Native name within the group -> torch dtype name and shape, in the order `load` gives them."""
-
-    def load(self) -> dict[str, torch.Tensor]:
-        """Read and convert the tensors.
+    @classmethod
+    def open(cls, path: Path) -> DirectoryCheckpoint:
+        """Find and check the files of the checkpoint directory `path`.
 
         Raises:
-            CheckpointError: one is missing or has the wrong shape.
+            ModelNotFound: no such directory.
+            CheckpointError: a file is missing, corrupt or of a kind that is not read.
         """
+        if not path.is_dir():
+            raise ModelNotFound(f"there is no checkpoint directory {path}")
+        if not (path / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{path} has no {CONFIG_FILE}; give the directory of a transformers checkpoint")
+        if (path / SINGLE_FILE).is_file():
+            return cls(path, (read_header(path / SINGLE_FILE),))
+        if (path / INDEX_FILE).is_file():
+            return cls(path, _indexed_headers(path))
+        raise CheckpointError(_why_no_weights(path))
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs for another model in the same place, and after any of the files was written again."""
+        digest = hashlib.sha256()
+        for header in self._headers:
+            stat = header.path.stat()
+            digest.update(f"{header.path.name} {header.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        for name in self._companions():
+            digest.update(f"{name} {hashlib.sha256((self.path / name).read_bytes()).hexdigest()}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def dtype(self) -> str:
+        """Torch dtype name of most of the weights' bytes."""
+        bytes_by_dtype: Counter[str] = Counter()
+        for _, entry in self.tensors.values():
+            bytes_by_dtype[entry.dtype] += entry.nbytes
+        return bytes_by_dtype.most_common(1)[0][0] if bytes_by_dtype else "float32"
+
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors the files hold."""
+        return len(self.tensors)
+
+    @property
+    def companion_bytes(self) -> int:
+        """Size of config and tokenizer files in bytes."""
+        return sum((self.path / name).stat().st_size for name in self._companions())
+
+    def load_config(self) -> PretrainedConfig:
+        """The model's config; checkpoints with quantised weights are refused."""
+        config = architecture.load_config(self.path)
+        quantization = getattr(config, "quantization_config", None)
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise UnsupportedModel(
+                f"{self.path} is quantised with {method}, which is not read yet; "
+                "use the model's unquantised checkpoint or a GGUF file"
+            )
+        return config
+
+    def conversions(self, built: architecture.Architecture) -> list[Conversion]:
+        """The steps from hub names to native names; see `convert`."""
+        return convert.hub_conversions(built, {name: entry for name, (_, entry) in self.tensors.items()}, self.read)
+
+    def write_companions(self, directory: Path, config: PretrainedConfig) -> None:
+        """Copy config and tokenizer files as they are."""
+        for name in self._companions():
+            shutil.copyfile(self.path / name, directory / name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read the tensor `name` into memory of its own.
+
+        Raises:
+            CheckpointError: the file cannot be read or has become shorter.
+        """
+        path, entry = self.tensors[name]
+        return read_bytes(path, entry.start, entry.nbytes).view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    def _companions(self) -> list[str]:
+        return [name for name in COMPANIONS if (self.path / name).is_file()]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint directory or a ``.gguf`` file.
+def read_bytes(path: Path, start: int, nbytes: int) -> torch.Tensor:
+    """Read `nbytes` bytes of `path` from `start` on, as a uint8 tensor.
 
     Raises:
-        ModelNotFound: there is nothing at `path`.
-        CheckpointError: what is there is no checkpoint, or a corrupt one.
+        CheckpointError: the file cannot be read or ends before.
     """
-    if path.is_file() and path.suffix == ".gguf":
-        from lamella_engine.gguf_checkpoint import GgufCheckpoint  # loads another library
-
-        return GgufCheckpoint(path)
-    if not path.is_dir():
-        raise ModelNotFound(f"there is no checkpoint at {path}; give a directory with config.json, or a .gguf file")
-    return SafetensorsCheckpoint(path)
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash that changes when the checkpoint's config, or the headers, sizes or times of its weight files change."""
-    digest = hashlib.sha256()
-    for path in sorted(checkpoint.files()):
-        status = path.stat()
-        digest.update(f"{path.name}:{status.st_size}:{status.st_mtime_ns}:".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type] # numpy arrays are buffers
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while done < nbytes:
+                count = os.preadv(file.fileno(), [view[done : done + _MAX_READ_BYTES]], start + done)
+                if count == 0:
+                    raise CheckpointError(f"{path} ends {nbytes - done} bytes early; it was changed while it was read")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    return buffer
 
 
-class SafetensorsCheckpoint:
-    """A transformers checkpoint directory with one or several safetensors files, found through its index."""
-
-    kind = "safetensors"
-
-    def __init__(self, directory: Path) -> None:
-        self.config_dir = directory
-        _refuse_quantised(directory)
-        self._entries: dict[str, tuple[SafetensorsHeader, TensorEntry]] = {}
-        for header in _read_headers(directory):
-            for name, entry in header.entries.items():
-                self._entries[name] = (header, entry)
-        sizes: dict[str, int] = {}
-        for _, entry in self._entries.values():
-            if entry.dtype.startswith(("float", "bfloat")):
-                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-        if not sizes:
-            raise CheckpointError(f"{directory} holds no floating-point weights")
-        self.dtype = max(sizes, key=lambda dtype: sizes[dtype])
-
-    def config(self) -> PretrainedConfig:
-        """See `Checkpoint`."""
-        return architecture.load_config(self.config_dir)
-
-    def names(self) -> tuple[str, ...]:
-        """See `Checkpoint`."""
-        return tuple(self._entries)
-
-    def nbytes(self, name: str) -> int:
-        """See `Checkpoint`."""
-        return self._entries[name][1].nbytes
-
-    def files(self) -> tuple[Path, ...]:
-        """See `Checkpoint`."""
-        weights = {header.path: None for header, _ in self._entries.values()}
-        return (self.config_dir / "config.json", *weights)
-
-    def save_side_files(self, directory: Path) -> None:
-        """See `Checkpoint`."""
-        copy_side_files(self.config_dir, directory)
-
-    def groups(self, built: Architecture, dtype: str | None) -> Mapping[int, GroupSource]:
-        """See `Checkpoint`."""
-        from lamella_engine.convert import hub_groups  # convert builds on this module
-
-        return hub_groups(self, built, dtype)
-
-    def entry(self, name: str) -> TensorEntry:
-        """Type, shape and place of the tensor `name`."""
-        return self._entries[name][1]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor into memory of its own."""
-        header, entry = self._entries[name]
-        data = bytearray(entry.nbytes)
-        with header.path.open("rb") as file:
-            file.seek(entry.begin)
-            if file.readinto(data) != entry.nbytes:
-                raise CheckpointError(f"{header.path} ended inside tensor {name!r}; it changed while being read")
-        if not data:
-            return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
-        flat: torch.Tensor = torch.frombuffer(data, dtype=getattr(torch, entry.dtype))
-        return flat.reshape(entry.shape)
-
-
-def copy_side_files(source: Path, directory: Path) -> None:
-    """Copy the config and tokenizer files that exist in `source`."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-
-
-def _read_headers(directory: Path) -> Iterable[SafetensorsHeader]:
-    index = directory / INDEX_FILE
-    if index.is_file():
-        weight_map = _weight_map(index)
-        headers = {name: read_header(directory / name) for name in sorted(set(weight_map.values()))}
-        for tensor, name in weight_map.items():
-            if tensor not in headers[name].entries:
-                raise CheckpointError(f"{index} says that {tensor!r} is in {name}, where it is not. Fetch both again.")
-        return headers.values()
-    if (directory / SINGLE_FILE).is_file():
-        return [read_header(directory / SINGLE_FILE)]
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
+def _indexed_headers(path: Path) -> tuple[SafetensorsHeader, ...]:
+    index = path / INDEX_FILE
+    weight_map = _weight_map(index)
+    headers = []
+    for file_name in sorted(set(weight_map.values())):
+        if Path(file_name).name != file_name or file_name in (".", ".."):
+            raise CheckpointError(f"{index} names the file {file_name!r}, which is not a plain file name")
+        if not (path / file_name).is_file():
+            raise CheckpointError(f"{path / file_name} is missing, though {INDEX_FILE} names it; fetch it again")
+        headers.append(read_header(path / file_name))
+    found = {name: header.path.name for header in headers for name in header.tensors}
+    absent = [name for name, file_name in weight_map.items() if found.get(name) != file_name]
+    if absent:
         raise CheckpointError(
-            f"{directory} holds pickled weights (.bin or .pt), which can run code when read and are not opened. "
-            "Convert them first: load them once with transformers and save_pretrained, which writes safetensors."
+            f"{index} names {len(absent)} tensors that their files do not hold, such as {absent[0]!r} in "
+            f"{weight_map[absent[0]]}; the files do not belong together, fetch them again"
         )
-    raise CheckpointError(f"{directory} holds neither {INDEX_FILE} nor {SINGLE_FILE}")
+    return tuple(headers)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        listed: Any = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index. Fetch it again.") from error
-    if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(f"{index} lists no tensors. Fetch it again.")
-    for name in listed.values():
-        if not isinstance(name, str) or os.path.basename(name) != name:
-            raise CheckpointError(f"{index} names the file {name!r}, which is not inside the checkpoint")
-    return listed
+        parsed = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index} cannot be read as JSON: {error}") from error
+    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names; fetch it again")
+    return weight_map
 
 
-def _refuse_quantised(directory: Path) -> None:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json; give the directory of a transformers checkpoint")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON. Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a config. Fetch it again.")
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise UnsupportedModel(
-            f"{directory} is quantised ({method}), which cannot be expanded; use the model's bf16 or fp16 checkpoint, "
-            "or a GGUF file of it"
+def _why_no_weights(path: Path) -> str:
+    pickled = [name for name in _PICKLED if (path / name).exists()]
+    if pickled:
+        return (
+            f"{path} has its weights in {pickled[0]}, a pickle, which could run code and is not read; convert it with "
+            "transformers on a machine that trusts it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if ggufs:
+        return f"{path} holds GGUF files; name the file itself, such as {path / ggufs[0]}"
+    return f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}; a checkpoint in safetensors or GGUF form is needed"

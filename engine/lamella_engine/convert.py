@@ -1,183 +1,291 @@
-"""From the hub's tensor names to those of transformers' module tree, one decoder layer at a time.
+"""From the names and layouts of checkpoint files to those of the native module tree, one layer at a time.
 
-Checkpoints on the hub keep experts apart and use older names; the native classes fuse and rename. transformers knows
-how (`get_model_conversion_mapping`); here its converters are fed lazily, so that one layer is in memory at a time.
+Owns the plan: which source tensors make which native tensors, with exact shapes, known before anything is read. The
+rules themselves (renaming, fusing experts, splitting projections) are transformers' own. Neighbours: `checkpoint` and
+`gguf_checkpoint` supply conversions, `shard_builder` runs them shard by shard.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lamella_engine.architecture import Architecture
-from lamella_engine.checkpoint import ROOT_GROUP, GroupSource, SafetensorsCheckpoint
-from lamella_engine.errors import CheckpointError
+from lamella_engine.errors import CheckpointError, UnsupportedModel
+from lamella_engine.safetensors_header import TensorEntry
+from lamella_engine.weight_source import Conversion, TensorShape
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class _Recipe:
-    """How the tensors of one group are made: copied from a source name, or converted from several."""
-
-    copied: dict[str, str] = field(default_factory=dict)  # native name -> source name
-    converted: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # target -> (source name, pattern)
+_FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+_STORED = _FLOATS | {"int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
-class HubGroup:
-    """The tensors of one group of a safetensors checkpoint; see `checkpoint.GroupSource`."""
+@dataclass(frozen=True)
+class ShardPlan:
+    """The conversions of one shard; `prefix` is cut off the native names (empty for the root)."""
 
-    def __init__(
-        self,
-        source: SafetensorsCheckpoint,
-        built: Architecture,
-        names: GroupNames,
-        recipe: _Recipe,
-        converters: list[WeightConverter],
-    ) -> None:
-        self._source = source
-        self._built = built
-        self._names = names
-        self._recipe = recipe
-        self._converters = converters
+    prefix: str
+    conversions: tuple[Conversion, ...]
 
-    def expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """See `GroupSource`."""
-        return {
-            short: (self._dtype(full, tensor), tuple(tensor.shape))
-            for short, (full, tensor) in self._names.tensors.items()
-        }
-
-    def load(self) -> dict[str, torch.Tensor]:
-        """See `GroupSource`."""
-        found = {native: self._source.tensor(name) for native, name in self._recipe.copied.items()}
-        for target, sources in self._recipe.converted.items():
-            found |= self._convert(target, sources)
-        return self._names.collect(found, {name: self._dtype(name, t) for _, (name, t) in self._names.tensors.items()})
-
-    def _dtype(self, full: str, tensor: torch.Tensor) -> str:
-        """Stored type of a tensor: as asked for, else as it is in the source."""
-        if self._names.dtype is not None and tensor.is_floating_point():
-            return str(tensor.dtype).removeprefix("torch.")
-        sources = [self._recipe.copied[full]] if full in self._recipe.copied else []
-        for listed in self._recipe.converted.values():
-            sources += [name for name, _ in listed]
-        return self._source.entry(sources[0]).dtype if sources else str(tensor.dtype).removeprefix("torch.")
-
-    def _convert(self, target: str, sources: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
-        pattern = sources[0][1]
-        converter = copy.deepcopy(next(c for c in self._converters if pattern in c.source_patterns))
-        for name, source_pattern in sources:
-            converter.add_tensor(target, name, source_pattern, lambda name=name: self._source.tensor(name))
-        try:
-            made = converter.convert(target, model=self._built.model, config=self._built.model.config)
-        except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise CheckpointError(f"the tensors for {target!r} do not fit together: {error}") from error
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+    @property
+    def tensors(self) -> tuple[TensorShape, ...]:
+        """What the shard will hold, under names relative to the layer."""
+        return tuple(
+            replace(target, name=target.name.removeprefix(self.prefix))
+            for conversion in self.conversions
+            for target in conversion.targets
+        )
 
 
-class GroupNames:
-    """The native tensors that one group must have.
+@dataclass(frozen=True)
+class ModelPlan:
+    """Everything that has to be converted: the root and one shard per layer.
 
-    Attributes:
-        tensors: name within the group -> full native name and meta tensor (shape, compute type).
-        dtype: type to store floating-point tensors in, or None for the source's.
+    `is_untied` says that the checkpoint stores a head of its own, though the config ties it to the embedding.
     """
 
-    def __init__(self, tensors: dict[str, tuple[str, torch.Tensor]], dtype: str | None) -> None:
-        self.tensors = tensors
-        self.dtype = dtype
-
-    def collect(self, found: Mapping[str, torch.Tensor], dtypes: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """The group's tensors out of `found` (full native names), checked and in the type to store."""
-        missing = [full for full, _ in self.tensors.values() if full not in found]
-        if missing:
-            raise CheckpointError(f"the checkpoint lacks {_listed(missing)}. Fetch it again.")
-        collected = {}
-        for short, (full, meta) in self.tensors.items():
-            tensor = found[full]
-            if tensor.shape != meta.shape:
-                raise CheckpointError(
-                    f"tensor {full!r} has shape {list(tensor.shape)}, the config says {list(meta.shape)}"
-                )
-            collected[short] = tensor.to(getattr(torch, dtypes[full]))
-        return collected
+    root: ShardPlan
+    layers: tuple[ShardPlan, ...]
+    is_untied: bool
 
 
-def native_groups(built: Architecture, present: set[str], dtype: str | None) -> dict[int, GroupNames]:
-    """What each group must have. Tied weights that the checkpoint leaves out are left out here too."""
-    state = built.model.state_dict()
-    tied = set(built.model.all_tied_weights_keys)
-    pattern = re.compile(re.escape(built.layers_path) + r"\.(\d+)\.(.+)")
-    groups: dict[int, dict[str, tuple[str, torch.Tensor]]] = {ROOT_GROUP: {}}
-    groups |= {index: {} for index in range(len(built.layers))}
-    for full, tensor in state.items():
-        if full in tied and full not in present:
-            continue
-        match = pattern.fullmatch(full)
-        group, short = (int(match[1]), match[2]) if match else (ROOT_GROUP, full)
-        groups[group][short] = (full, tensor)
-    return {group: GroupNames(tensors, dtype) for group, tensors in groups.items()}
+@dataclass(frozen=True)
+class _Group:
+    """Source tensors (name, pattern that matched) which one converter makes into `target` and its siblings."""
+
+    target: str
+    converter: WeightConverter
+    sources: list[tuple[str, str]]
+
+    def run(self, built: Architecture, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        converter = copy.deepcopy(self.converter)
+        for source, pattern in self.sources:
+            converter.add_tensor(self.target, source, pattern, _deferred(source, read))
+        results = converter.convert(self.target, model=built.model, config=built.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
+
+    def conversion(
+        self, built: Architecture, tensors: Mapping[str, TensorEntry], read: Callable[[str], torch.Tensor]
+    ) -> Conversion:
+        names = tuple(source for source, _ in self.sources)
+        try:
+            rehearsed = self.run(built, lambda source: _on_meta(tensors[source]))
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} do not make up {self.target!r}: {error}. "
+                "config.json and the weights do not belong together, or weights are missing; fetch them again."
+            ) from error
+        targets = tuple(
+            TensorShape(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+            for name, value in rehearsed.items()
+        )
+        return Conversion(targets, names, lambda: self.run(built, read))
 
 
-def hub_groups(source: SafetensorsCheckpoint, built: Architecture, dtype: str | None) -> dict[int, GroupSource]:
-    """The groups of a safetensors checkpoint for the module tree `built`; nothing is read yet.
+def hub_conversions(
+    built: Architecture, tensors: Mapping[str, TensorEntry], read: Callable[[str], torch.Tensor]
+) -> list[Conversion]:
+    """Conversions from a hub checkpoint's tensors; `read` is called only when a conversion runs.
+
+    Shapes come from a rehearsal on the meta device, so they are exact and cost no memory.
 
     Raises:
-        CheckpointError: weights that the model needs are not in the checkpoint.
+        CheckpointError: the tensors do not fit together as the family's rules need.
     """
     model = built.model
     mapping = get_model_conversion_mapping(model)
-    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
-    converters = [item for item in mapping if isinstance(item, WeightConverter)]
-    state = model.state_dict()
-    layer = re.compile(re.escape(built.layers_path) + r"\.(\d+)\.")
-    recipes = {index: _Recipe() for index in (ROOT_GROUP, *range(len(built.layers)))}
-    unexpected: list[str] = []
-    for name in sorted(source.names(), key=dot_natural_key):
-        native, pattern = _native_name(name, renamings, converters, model, state)
-        match = layer.match(native)
-        recipe = recipes.get(int(match[1]) if match else ROOT_GROUP)
-        if recipe is None or (pattern is None and native not in state):
-            unexpected.append(name)
-        elif pattern is None:
-            recipe.copied[native] = name
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    native = model.state_dict()
+    simple: list[Conversion] = []
+    groups: dict[str, _Group] = {}
+    for source in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(source, renamings, converters, model.base_model_prefix, native)
+        if target not in native and source in native:
+            target, pattern = source, None
+        if pattern is None or target not in native:
+            shape = TensorShape(target, tensors[source].dtype, tensors[source].shape)
+            simple.append(Conversion((shape,), (source,), _renamed(target, source, read)))
         else:
-            recipe.converted.setdefault(native, []).append((name, pattern))
-    if unexpected:
-        logger.warning("the checkpoint holds tensors that the model does not use: %s", _listed(unexpected))
-    present = {native for recipe in recipes.values() for native in recipe.copied}
-    groups = native_groups(built, present, dtype)
-    lacking = [
-        full
-        for index, names in groups.items()
-        for full, _ in names.tensors.values()
-        if full not in recipes[index].copied and not recipes[index].converted
+            converter = next(rule for rule in converters if pattern in rule.source_patterns)
+            groups.setdefault(target, _Group(target, converter, [])).sources.append((source, pattern))
+    return simple + [group.conversion(built, tensors, read) for group in groups.values()]
+
+
+def native_conversions(built: Architecture) -> list[Conversion]:
+    """What a checkpoint that stores the module tree as it is would hold, in the tree's own dtype: shapes only."""
+    return [
+        Conversion(
+            (TensorShape(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)),),
+            (name,),
+            partial(dict, ((name, tensor),)),
+        )
+        for name, tensor in built.model.state_dict().items()
+        if name not in built.model.all_tied_weights_keys
     ]
-    if lacking:
-        raise CheckpointError(f"the checkpoint lacks {_listed(lacking)}. Fetch it again.")
-    return {index: HubGroup(source, built, names, recipes[index], converters) for index, names in groups.items()}
 
 
-def _native_name(
-    name: str,
-    renamings: list[WeightRenaming],
-    converters: list[WeightConverter],
-    model: Any,
-    state: Mapping[str, torch.Tensor],
-) -> tuple[str, str | None]:
-    native, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-    return str(native), pattern
+def plan(built: Architecture, conversions: list[Conversion], dtype: str | None) -> ModelPlan:
+    """Sort `conversions` into shards, after checking that they make exactly what the model needs.
+
+    Args:
+        built: the model without weights.
+        conversions: from a checkpoint; those of tensors that the model does not have are left out, with a log line.
+        dtype: torch dtype name to store floating-point weights in; None keeps each tensor's own.
+
+    Raises:
+        CheckpointError: weights are missing, of the wrong shape, or there twice.
+        UnsupportedModel: weights of a type that is not stored.
+    """
+    native: dict[str, torch.Tensor] = built.model.state_dict()
+    wanted = _of_the_model(built, conversions, native)
+    wanted, is_untied = _store_tied_once(built, wanted)
+    _check_complete(built, wanted, native)
+    wanted = [_cast(conversion, dtype) for conversion in wanted]
+    return _by_shard(built, wanted, is_untied)
 
 
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more
+def _of_the_model(
+    built: Architecture, conversions: list[Conversion], native: Mapping[str, torch.Tensor]
+) -> list[Conversion]:
+    wanted = [item for item in conversions if any(target.name in native for target in item.targets)]
+    extra = [name for item in conversions if item not in wanted for name in item.sources]
+    patterns = getattr(built.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    known = re.compile("|".join([*patterns, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]))
+    surprising = [name for name in extra if not known.search(name)]
+    if surprising:
+        logger.warning(
+            "%d tensors of the checkpoint are not part of a %s model and are left out, such as %s",
+            len(surprising),
+            built.family,
+            ", ".join(surprising[:3]),
+        )
+    return wanted
+
+
+def _store_tied_once(built: Architecture, conversions: list[Conversion]) -> tuple[list[Conversion], bool]:
+    """Leave out what is tied to another tensor, and say whether a stored twin differs and has to stay."""
+    by_target = {target.name: item for item in conversions for target in item.targets}
+    is_untied = False
+    tied: dict[str, str] = built.model.all_tied_weights_keys
+    for target, source in tied.items():
+        if target not in by_target:
+            continue
+        if source not in by_target:
+            by_target[source] = _as(by_target[target], target, source)
+        elif not _are_equal(by_target[target], target, by_target[source], source):
+            logger.warning(
+                "%s and %s are tied in the config but stored with different values: both are kept", target, source
+            )
+            is_untied = True
+            continue
+        del by_target[target]
+    return list(dict.fromkeys(by_target.values())), is_untied
+
+
+def _as(conversion: Conversion, old: str, new: str) -> Conversion:
+    targets = tuple(replace(target, name=new) if target.name == old else target for target in conversion.targets)
+
+    def run() -> dict[str, torch.Tensor]:
+        return {new if name == old else name: value for name, value in conversion.run().items()}
+
+    return Conversion(targets, conversion.sources, run)
+
+
+def _are_equal(left: Conversion, left_name: str, right: Conversion, right_name: str) -> bool:
+    """Compare two stored tensors through digests, so that only one of them is in memory at a time."""
+    shapes = [
+        (target.dtype, target.shape)
+        for item, name in ((left, left_name), (right, right_name))
+        for target in item.targets
+        if target.name == name
+    ]
+    return shapes[0] == shapes[1] and _digest(left, left_name) == _digest(right, right_name)
+
+
+def _digest(conversion: Conversion, name: str) -> bytes:
+    data = conversion.run()[name].contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy()).digest()
+
+
+def _check_complete(built: Architecture, conversions: list[Conversion], native: Mapping[str, torch.Tensor]) -> None:
+    made: dict[str, TensorShape] = {}
+    for conversion in conversions:
+        for target in conversion.targets:
+            if target.name in made:
+                raise CheckpointError(f"the checkpoint holds {target.name!r} twice, under different names")
+            made[target.name] = target
+    tied: dict[str, str] = built.model.all_tied_weights_keys
+    missing = sorted((name for name in native if name not in made and tied.get(name) not in made), key=dot_natural_key)
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the {len(native)} weights of this {built.family} model: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Its files are incomplete, or config.json "
+            "belongs to another model; fetch them again."
+        )
+    for name, target in made.items():
+        if name not in native or target.shape != tuple(native[name].shape):
+            expected = list(native[name].shape) if name in native else "no such tensor"
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(target.shape)} in the checkpoint, the model of its config.json has "
+                f"{expected}; they do not belong together"
+            )
+        if target.dtype not in _STORED:
+            raise UnsupportedModel(
+                f"tensor {name!r} is stored as {target.dtype}, which is not read yet; use an unquantised checkpoint"
+            )
+
+
+def _cast(conversion: Conversion, dtype: str | None) -> Conversion:
+    if dtype is None or all(target.dtype in (dtype, *(_STORED - _FLOATS)) for target in conversion.targets):
+        return conversion
+    targets = tuple(
+        replace(target, dtype=dtype) if target.dtype in _FLOATS else target for target in conversion.targets
+    )
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+
+    def run() -> dict[str, torch.Tensor]:
+        return {
+            name: value.to(torch_dtype) if value.is_floating_point() else value
+            for name, value in conversion.run().items()
+        }
+
+    return Conversion(targets, conversion.sources, run)
+
+
+def _by_shard(built: Architecture, conversions: list[Conversion], is_untied: bool) -> ModelPlan:
+    in_layer = re.compile(re.escape(built.layers_path) + r"\.(\d+)\.")
+    shards: dict[int | None, list[Conversion]] = defaultdict(list)
+    for conversion in conversions:
+        places = {int(match[1]) if (match := in_layer.match(t.name)) else None for t in conversion.targets}
+        if len(places) != 1:
+            names = ", ".join(target.name for target in conversion.targets[:3])
+            raise UnsupportedModel(f"one stored tensor makes parts of several layers ({names}), which cannot be split")
+        shards[places.pop()].append(conversion)
+    layers = tuple(
+        ShardPlan(f"{built.layers_path}.{index}.", tuple(shards[index])) for index in range(len(built.layers))
+    )
+    return ModelPlan(ShardPlan("", tuple(shards[None])), layers, is_untied)
+
+
+def _on_meta(entry: TensorEntry) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+
+
+def _deferred(source: str, read: Callable[[str], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return lambda: read(source)
+
+
+def _renamed(target: str, source: str, read: Callable[[str], torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {target: read(source)}

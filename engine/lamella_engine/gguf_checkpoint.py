@@ -1,145 +1,172 @@
-"""A GGUF file as a checkpoint: its blocks are expanded exactly, one tensor at a time.
+"""A GGUF file as a source of weights: config, tokenizer, and tensors expanded one by one.
 
-Config, tokenizer, names and value transforms are those of transformers' own GGUF support, so that the weights equal
-its full load bit for bit.
+Owns reading and expanding; names and value transforms are transformers' own, so that the weights are those of its full
+load, bit for bit. `gguf_header` has checked the file before any library reads it.
 """
 
 from __future__ import annotations
 
-import re
-import struct
-from collections.abc import Mapping
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import numpy
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
 
 from lamella_engine.architecture import Architecture
-from lamella_engine.checkpoint import ROOT_GROUP, GroupSource
-from lamella_engine.convert import GroupNames, native_groups
-from lamella_engine.errors import CheckpointError, UnsupportedModel
+from lamella_engine.checkpoint import read_bytes
+from lamella_engine.errors import CheckpointError, ModelNotFound, UnsupportedModel
+from lamella_engine.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from lamella_engine.weight_source import Conversion, TensorShape
 
-_BLOCK = re.compile(r"blk\.(\d+)\.")
-_READ_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, UnicodeError, struct.error)
+logger = logging.getLogger(__name__)
 
-
-class GgufGroup:
-    """The tensors of one group of a GGUF file; see `checkpoint.GroupSource`."""
-
-    def __init__(
-        self,
-        processor: TensorProcessor,
-        name_map: dict[str, str],
-        names: GroupNames,
-        tensors: list[gguf.ReaderTensor],
-    ) -> None:
-        self._processor = processor
-        self._name_map = name_map
-        self._names = names
-        self._tensors = tensors
-
-    def expected(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """See `GroupSource`."""
-        return {
-            short: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            for short, (_, tensor) in self._names.tensors.items()
-        }
-
-    def load(self) -> dict[str, torch.Tensor]:
-        """See `GroupSource`."""
-        found: dict[str, torch.Tensor] = {}
-        for tensor in self._tensors:
-            try:
-                values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            except (NotImplementedError, *_READ_ERRORS) as error:
-                raise CheckpointError(
-                    f"GGUF tensor {tensor.name!r} of type {tensor.tensor_type.name} cannot be expanded: {error}"
-                ) from error
-            processed = self._processor.process(
-                values, tensor.name, tensor_key_mapping=self._name_map, parsed_parameters={"tensors": found}
-            )
-            if processed.name in self._name_map:
-                found[self._name_map[processed.name]] = torch.from_numpy(numpy.array(processed.weights))
-        dtypes = {full: str(t.dtype).removeprefix("torch.") for full, t in self._names.tensors.values()}
-        return self._names.collect(found, dtypes)
+T = TypeVar("T")
+_TYPED = {"F32": numpy.float32, "F16": numpy.float16}
 
 
 class GgufCheckpoint:
-    """One ``.gguf`` file with the weights of a whole model."""
+    """A GGUF file whose header has been checked."""
 
-    kind = "gguf"
-    dtype = "float32"  # what the blocks expand to without loss
+    def __init__(self, header: GgufHeader) -> None:
+        self._header = header
+        self.path = header.path
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._reader = _open(path)
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+    @classmethod
+    def open(cls, path: Path) -> GgufCheckpoint:
+        """Check the header of the GGUF file `path`.
 
-    def config(self) -> PretrainedConfig:
-        """See `Checkpoint`."""
-        try:
-            return AutoConfig.from_pretrained(self._path.parent, gguf_file=self._path.name, local_files_only=True)
-        except (OSError, NotImplementedError, *_READ_ERRORS) as error:
-            raise UnsupportedModel(f"transformers cannot read the model in {self._path}: {error}") from error
+        Raises:
+            ModelNotFound: no such file.
+            CheckpointError: the file is corrupt.
+            UnsupportedModel: it holds blocks of a type that cannot be expanded.
+        """
+        if not path.is_file():
+            raise ModelNotFound(f"there is no GGUF file {path}")
+        header = read_gguf_header(path)
+        for block_type in {tensor.block_type for tensor in header.tensors.values()}:
+            _check_expandable(path, block_type)
+        return cls(header)
 
-    def names(self) -> tuple[str, ...]:
-        """See `Checkpoint`."""
-        return tuple(self._tensors)
+    @property
+    def fingerprint(self) -> str:
+        """Differs for another model in the same place, and after the file was written again."""
+        stat = self.path.stat()
+        return hashlib.sha256(f"{self._header.sha256} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
 
-    def nbytes(self, name: str) -> int:
-        """See `Checkpoint`."""
-        return int(self._tensors[name].n_bytes)
+    @property
+    def dtype(self) -> str:
+        """What the blocks expand to."""
+        return "float32"
 
-    def files(self) -> tuple[Path, ...]:
-        """See `Checkpoint`."""
-        return (self._path,)
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors the file holds."""
+        return len(self._header.tensors)
 
-    def save_side_files(self, directory: Path) -> None:
-        """See `Checkpoint`."""
-        config = self.config()
+    @property
+    def companion_bytes(self) -> int:
+        """Upper bound of config and tokenizer files: the vocabulary is nearly all of the header."""
+        return 4 * self._header.header_bytes + 65_536
+
+    def load_config(self) -> PretrainedConfig:
+        """The config that the metadata describe; weights expand to float32."""
+        config = self._through_transformers(
+            "config", lambda: AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        )
+        config.dtype = torch.float32
+        return config
+
+    def conversions(self, built: Architecture) -> list[Conversion]:
+        """One step per native tensor; experts that are fused take several file tensors."""
+        parsed = self._through_transformers("metadata", lambda: load_gguf_checkpoint(str(self.path)))
+        processor = TENSOR_PROCESSORS.get(self._header.architecture, TensorProcessor)(config=parsed["config"])
+        native = built.model.state_dict()
+        names: dict[str, str] = self._through_transformers(
+            "tensor names", lambda: get_gguf_hf_weights_map(built.model, processor)
+        )
+        if "rope_freqs.weight" in self._header.tensors:
+            logger.warning("%s has scaled rotary frequencies, which are not applied: long contexts suffer", self.path)
+        sources: defaultdict[str, list[GgufTensor]] = defaultdict(list)
+        for name, tensor in self._header.tensors.items():
+            target = names.get(name) or names.get(name.removesuffix(".weight")) or name
+            sources[target].append(tensor)
+        return [
+            self._conversion(target, tuple(tensors), native, lambda values, name, out: processor.process(
+                weights=values, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": out}
+            ))
+            for target, tensors in sources.items()
+        ]  # fmt: skip
+
+    def write_companions(self, directory: Path, config: PretrainedConfig) -> None:
+        """Write what the metadata hold as the files of a transformers checkpoint."""
         config.save_pretrained(directory)
         GenerationConfig.from_model_config(config).save_pretrained(directory)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self._path.parent, gguf_file=self._path.name, local_files_only=True
-            )
-        except (OSError, NotImplementedError, *_READ_ERRORS) as error:
-            raise CheckpointError(f"the tokenizer in {self._path} cannot be read: {error}") from error
+        tokenizer = self._through_transformers(
+            "tokenizer", lambda: AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        )
         tokenizer.save_pretrained(directory)
 
-    def groups(self, built: Architecture, dtype: str | None) -> Mapping[int, GroupSource]:
-        """See `Checkpoint`."""
-        architecture_name = str(self._reader.fields["general.architecture"].contents())
-        processor = TENSOR_PROCESSORS.get(architecture_name, TensorProcessor)(config=built.model.config.to_dict())
+    def _conversion(
+        self,
+        target: str,
+        tensors: tuple[GgufTensor, ...],
+        native: dict[str, torch.Tensor],
+        process: Callable[[numpy.ndarray[Any, Any], str, dict[str, torch.Tensor]], Any],
+    ) -> Conversion:
+        def run() -> dict[str, torch.Tensor]:
+            made: dict[str, torch.Tensor] = {}
+            for tensor in tensors:
+                result = process(self._expand(tensor), tensor.name, made)
+                if result.name is not None:
+                    made[target] = torch.from_numpy(numpy.ascontiguousarray(result.weights))
+            return made
+
+        elements = sum(int(numpy.prod(tensor.shape)) for tensor in tensors)
+        shape = tensors[0].shape
+        if target in native and native[target].numel() == elements:
+            shape = tuple(native[target].shape)
+        return Conversion((TensorShape(target, "float32", shape),), tuple(tensor.name for tensor in tensors), run)
+
+    def _expand(self, tensor: GgufTensor) -> numpy.ndarray[Any, Any]:
+        raw = read_bytes(self.path, tensor.start, tensor.nbytes).numpy()
+        typed = _TYPED.get(tensor.block_type.name)
+        if typed is not None:
+            return gguf.dequantize(raw.view(typed).reshape(tensor.shape), tensor.block_type)
+        rows = raw.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.block_type))
+        return gguf.dequantize(rows, tensor.block_type)
+
+    def _through_transformers(self, what: str, call: Callable[[], T]) -> T:
         try:
-            name_map = get_gguf_hf_weights_map(built.model, processor)
-        except (NotImplementedError, *_READ_ERRORS) as error:
-            raise UnsupportedModel(f"transformers cannot name the tensors of {self._path}: {error}") from error
-        tensors: dict[int, list[Any]] = {index: [] for index in (ROOT_GROUP, *range(len(built.layers)))}
-        for tensor in self._tensors.values():
-            match = _BLOCK.match(tensor.name)
-            tensors.setdefault(int(match[1]) if match else ROOT_GROUP, []).append(tensor)
-        present = {full for name, full in name_map.items() if name in self._tensors}
-        groups = native_groups(built, present, dtype)
-        return {index: GgufGroup(processor, name_map, names, tensors[index]) for index, names in groups.items()}
+            return call()
+        except Exception as error:
+            if isinstance(error, NotImplementedError) or "not supported" in str(error):
+                raise UnsupportedModel(
+                    f"GGUF files of the architecture {self._header.architecture!r} are not read yet ({self.path}): "
+                    f"{error}. Use the model's safetensors checkpoint."
+                ) from error
+            raise CheckpointError(
+                f"the {what} of {self.path} cannot be used: {type(error).__name__}: {error}. The file is damaged, or "
+                "made by another program than is known here."
+            ) from error
 
 
-def _open(path: Path) -> gguf.GGUFReader:
+def _check_expandable(path: Path, block_type: gguf.GGMLQuantizationType) -> None:
+    _, block_bytes = gguf.GGML_QUANT_SIZES[block_type]
     try:
-        reader = gguf.GGUFReader(path)
-        fields = reader.fields["general.architecture"].contents()
-        file_bytes = path.stat().st_size
-        ends = [int(tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except _READ_ERRORS as error:
-        raise CheckpointError(f"{path} is not a sound GGUF file: {error}. Fetch it again.") from error
-    if not isinstance(fields, str) or not ends:
-        raise CheckpointError(f"{path} is not a sound GGUF file: it names no architecture or no tensors")
-    if max(ends) > file_bytes:
-        raise CheckpointError(f"{path} is truncated: its tensors need {max(ends)} bytes, it has {file_bytes}")
-    return reader
+        gguf.dequantize(numpy.zeros((1, block_bytes), dtype=numpy.uint8), block_type)
+    except NotImplementedError as error:
+        raise UnsupportedModel(
+            f"{path} holds tensors of type {block_type.name}, which cannot be expanded; use another quantisation"
+        ) from error

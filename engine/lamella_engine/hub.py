@@ -7,7 +7,6 @@ pickled weights, no code. `hub_errors` words the failures; `shard_store` calls t
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import posixpath
@@ -21,17 +20,20 @@ from types import TracebackType
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
 
-from lamella_engine.checkpoint import INDEX_FILE, SIDE_FILES, SINGLE_FILE
+from lamella_engine.checkpoint import INDEX_FILE, SINGLE_FILE
 from lamella_engine.errors import CheckpointError, DiskFull, ModelNotFound
 from lamella_engine.hub_errors import HUB_ERRORS, HubRequest, explain
-from lamella_engine.names import split_revision
 from lamella_engine.progress import Progress
 
 REQUEST_TIMEOUT_S = 15.0  # without a byte; a body may take as long as it likes while bytes arrive
 PARALLEL_FILES = 4
 _REPORT_EVERY_S = 0.25
 _CONFIG_FILE = "config.json"
-_MORE_TOKENIZER_FILES = ("*.tiktoken", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")
+_COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def download(name: str, *, token: str | None = None, progress: Progress | None =
     listing = _list(name, token)
     config = _fetch(listing, [_CONFIG_FILE], None)
     weights = _weight_files(listing, config.parent)
-    wanted = [_CONFIG_FILE, *_tokenizer_files(listing.sizes), *weights]
+    companions = [file for file in _COMPANIONS if file in listing.sizes]
+    wanted = [_CONFIG_FILE, *companions, *weights]
     _check_room(listing, wanted)
     _fetch(listing, wanted, progress)
     return HubSnapshot(config.parent, listing.commit)
@@ -99,14 +102,14 @@ class _Listing:
 
 
 def _list(name: str, token: str | None) -> _Listing:
-    repository, revision = split_revision(name)
+    repository, _, revision = name.partition("@")
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     cache = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
     token = token or get_token()
-    request = HubRequest(repository, revision, endpoint, has_token=token is not None)
+    request = HubRequest(repository, revision or None, endpoint, has_token=token is not None)
     try:
         info = HfApi(endpoint=endpoint, token=token or False).model_info(
-            repository, revision=revision, timeout=REQUEST_TIMEOUT_S, files_metadata=True
+            repository, revision=revision or None, timeout=REQUEST_TIMEOUT_S, files_metadata=True
         )
     except HUB_ERRORS as error:
         raise explain(error, request) from error
@@ -119,11 +122,6 @@ def _list(name: str, token: str | None) -> _Listing:
             "Use the model's own repository, or fetch its .gguf file and import it by path."
         )
     return _Listing(request, info.sha, sizes, token, cache)
-
-
-def _tokenizer_files(files: Iterable[str]) -> list[str]:
-    patterns = (*SIDE_FILES, *_MORE_TOKENIZER_FILES)
-    return [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)]
 
 
 def _weight_files(listing: _Listing, directory: Path) -> list[str]:
@@ -148,6 +146,8 @@ def _indexed_files(index: Path, listing: _Listing) -> list[str]:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{INDEX_FILE} of {listing.request.name} is not a safetensors index") from error
+    if not files:
+        raise CheckpointError(f"{INDEX_FILE} of {listing.request.name} names no files")
     for file in files:
         if not isinstance(file, str) or posixpath.basename(file) != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{INDEX_FILE} of {listing.request.name} names {file!r}, not a safetensors file")
@@ -274,7 +274,8 @@ class _Fetchers:
         if error is not None:
             self._meter.stop.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        wait(self._futures, timeout=2 * REQUEST_TIMEOUT_S, return_when=ALL_COMPLETED)
+        running = wait(self._futures, timeout=2 * REQUEST_TIMEOUT_S, return_when=ALL_COMPLETED).not_done
+        self._pool.shutdown(wait=not running)
 
     def start(self, file: str) -> Future[Path]:
         future = self._pool.submit(self._fetch, file)

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from lamella_engine import architecture, hub
+from lamella_engine import architecture, convert, hub
 from lamella_engine.architecture import Architecture
-from lamella_engine.checkpoint import ROOT_GROUP, Checkpoint, open_checkpoint
-from lamella_engine.convert import native_groups
-from lamella_engine.errors import ModelNameError, UnsupportedModel
-from lamella_engine.names import check_model_name, model_directory
-from lamella_engine.shard_store import ShardStore
+from lamella_engine.errors import UnsupportedModel
+from lamella_engine.names import is_model_name
+from lamella_engine.shard_check import read_shard_layout
+from lamella_engine.shard_store import ShardStore, open_source
+from lamella_engine.shard_writer import size_of
+from lamella_engine.weight_source import WeightSource
 
 GIB = 1024**3
 CARDS_GIB = (4, 6, 8, 12, 24)
@@ -120,7 +121,7 @@ class _Source:
     config: PretrainedConfig
     dtype: str
     built_sizes: _Sizes | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: WeightSource | None = None
 
 
 def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = None) -> ModelFacts:
@@ -215,8 +216,8 @@ def _find(model: str | Path, store: ShardStore, hub_token: str | None) -> _Sourc
         return _stored(model, store)
     path = Path(model).expanduser()
     if isinstance(model, Path) or path.exists() or not _is_name(model):
-        checkpoint = open_checkpoint(path)
-        return _Source(str(model), "path", None, checkpoint.config(), checkpoint.dtype, checkpoint=checkpoint)
+        checkpoint = open_source(path)
+        return _Source(str(model), "path", None, checkpoint.load_config(), checkpoint.dtype, checkpoint=checkpoint)
     snapshot = hub.fetch_config(model, hub_token)
     config = architecture.load_config(snapshot.directory)
     named = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
@@ -230,11 +231,7 @@ def _refuse_quantised(source: _Source) -> None:
 
 
 def _is_name(model: str) -> bool:
-    try:
-        check_model_name(model)
-    except ModelNameError:
-        return False
-    return not model.endswith(".gguf")
+    return is_model_name(model) and not model.endswith(".gguf")
 
 
 def _is_stored(model: str, store: ShardStore) -> bool:
@@ -243,38 +240,23 @@ def _is_stored(model: str, store: ShardStore) -> bool:
 
 def _stored(name: str, store: ShardStore) -> _Source:
     manifest = store.manifest(name)
-    config = architecture.load_config(model_directory(store.root, name))
-    sizes = _Sizes(
-        root_bytes=manifest.root.nbytes,
-        layers=tuple(layer.nbytes for layer in manifest.layers),
-        parameters=sum(math.prod(tensor.shape) for shard in manifest.shards for tensor in shard.tensors),
-    )
+    directory = store.build_directory(manifest)
+    shards = [read_shard_layout(directory / record.file, name) for record in manifest.shards]
+    root, *layers = (sum(tensor.nbytes for tensor in shard.tensors) for shard in shards)
+    parameters = sum(math.prod(tensor.shape) for shard in shards for tensor in shard.tensors)
+    config = architecture.load_config(directory)
+    sizes = _Sizes(root, tuple(layers), parameters)
     return _Source(name, "store", manifest.revision, config, manifest.dtype, built_sizes=sizes)
 
 
-def _sizes(built: Architecture, checkpoint: Checkpoint | None) -> _Sizes:
-    """Sizes of the groups the shards would hold: by the checkpoint's headers, else by the module tree."""
-    tensors: dict[int, list[tuple[torch.dtype, tuple[int, ...]]]]
-    if checkpoint is not None:
-        sources = checkpoint.groups(built, None)
-        tensors = {
-            index: [(_dtype(name), shape) for name, shape in group.expected().values()]
-            for index, group in sources.items()
-        }
-    else:
-        names = native_groups(built, set(), None)
-        tensors = {
-            index: [(tensor.dtype, tuple(tensor.shape)) for _, tensor in group.tensors.values()]
-            for index, group in names.items()
-        }
-    nbytes = {
-        index: sum(math.prod(shape) * dtype.itemsize for dtype, shape in group) for index, group in tensors.items()
-    }
-    return _Sizes(
-        root_bytes=nbytes[ROOT_GROUP],
-        layers=tuple(size for index, size in sorted(nbytes.items()) if index != ROOT_GROUP),
-        parameters=sum(math.prod(shape) for group in tensors.values() for _, shape in group),
-    )
+def _sizes(built: Architecture, checkpoint: WeightSource | None) -> _Sizes:
+    """Sizes of what the shards would hold: by the checkpoint's headers, else by the module tree."""
+    conversions = checkpoint.conversions(built) if checkpoint is not None else convert.native_conversions(built)
+    plan = convert.plan(built, conversions, None)
+    shards = [shard.tensors for shard in (plan.root, *plan.layers)]
+    root, *layers = (sum(map(size_of, tensors)) for tensors in shards)
+    parameters = sum(math.prod(tensor.shape) for tensors in shards for tensor in tensors)
+    return _Sizes(root, tuple(layers), parameters)
 
 
 def _dtype(name: str) -> torch.dtype:

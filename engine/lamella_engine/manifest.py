@@ -1,200 +1,173 @@
-"""What the store remembers of a model: where it came from and each shard's size, hash and tensors.
+"""The manifest: the one small file that makes a directory of shards a model.
 
-``manifest.json`` is written last, so a directory without it is not a model. ``verified.json`` remembers which files
-were hashed in full, and is only ever a reason to hash less.
+Owns its form and strict reading; `shard_builder` writes it last, `shard_store` opens models through it. Layout of a
+store::
+
+    <store>/<model>/manifest.json         what is published; replaced atomically
+    <store>/<model>/<build>/              its files: config, tokenizer, root.safetensors, layer-00000.safetensors ...
+    <store>/<model>/<build>/built.jsonl   shards finished so far, for resuming
+    <store>/<model>/<build>/checked.json  which files were hashed when, so that they are not hashed again
+    <store>/.locks/<model>.lock           held by the process that builds
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lamella_engine.errors import ShardError
-from lamella_engine.shard import Shard, TensorSpec
+from lamella_engine.names import model_name
+from lamella_engine.shard_writer import ShardRecord, sync_directory
 
-FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-VERIFIED_FILE = "verified.json"
-_HASH_CHUNK_BYTES = 8 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One shard file of a model: `nbytes` of data from `data_start` on, and the sha256 of the whole file."""
-
-    file: str
-    data_start: int
-    nbytes: int
-    sha256: str
-    tensors: tuple[TensorSpec, ...]
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of the whole file."""
-        return self.data_start + self.nbytes
-
-    def shard(self, directory: Path) -> Shard:
-        """The shard as the reader wants it."""
-        return Shard(directory / self.file, self.data_start, self.nbytes, self.tensors)
+FORMAT_VERSION = 1
+ROOT_SHARD = "root.safetensors"
+_BUILD_NAME = re.compile(r"[0-9a-f]{16}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A built model.
+    """A published model.
 
     Attributes:
-        name: the model's name in the store.
-        revision: the commit it was fetched at, or None for a local source.
-        source_kind, source, source_hash: ``safetensors`` or ``gguf``, where it was, and its fingerprint.
-        dtype: torch dtype name of most weights.
-        family: transformers' model type.
+        name: the model's name.
+        family: its config's model type.
+        source_kind, source: what it was built from, and where that was.
+        revision: commit on the hub, or None for a local source.
+        fingerprint: of the source's headers, sizes, change times and small files.
+        dtype: torch dtype name of most stored bytes.
+        requested_dtype: dtype the caller asked for, or None for the source's own.
+        build: directory of the files, inside the model's directory.
         root, layers: the shards.
+        companions: config and tokenizer files.
+        built_at: Unix seconds.
     """
 
     name: str
-    revision: str | None
+    family: str
     source_kind: str
     source: str
-    source_hash: str
+    revision: str | None
+    fingerprint: str
     dtype: str
-    family: str
+    requested_dtype: str | None
+    build: str
     root: ShardRecord
     layers: tuple[ShardRecord, ...]
+    companions: tuple[ShardRecord, ...]
+    built_at: float
     format_version: int = FORMAT_VERSION
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all shards' data."""
-        return sum(record.nbytes for record in self.shards)
+    def files(self) -> tuple[ShardRecord, ...]:
+        """Every file of the model: companions, root, layers."""
+        return (*self.companions, *self.shards)
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
-        """All shards, the root first."""
+        """The root and the layers."""
         return (self.root, *self.layers)
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the shards."""
+        return sum(record.nbytes for record in self.shards)
 
-def write_json(path: Path, value: object) -> None:
-    """Replace `path` by `value` as JSON in one step that survives a crash."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+
+def layer_file(index: int) -> str:
+    """File name of the layer `index`."""
+    return f"layer-{index:05d}.safetensors"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Publish the model in `directory`."""
-    write_json(directory / MANIFEST_FILE, asdict(manifest))
+    """Publish `manifest` in the model's `directory`: whole or not at all, and only once it is on the disk."""
+    write_json(directory / MANIFEST_FILE, dataclasses.asdict(manifest))
+    sync_directory(directory)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace `path` by the JSON of `value`, atomically."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest in `directory`, or None if no model is published there.
+    """The manifest in the model's `directory`, or None if no model is published there.
 
     Raises:
-        ShardError: the manifest is damaged or of another format version.
+        ShardError: the manifest is damaged, or of another format version.
     """
     path = directory / MANIFEST_FILE
     try:
-        raw: Any = json.loads(path.read_text())
-    except FileNotFoundError:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{path} is damaged: {error}. Remove {directory} and build the model again.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, f"it cannot be read ({error})", model_name(directory)) from error
+    if not isinstance(parsed, dict):
+        raise damaged(path, "it is not a JSON object", model_name(directory))
+    name = str(parsed.get("name"))
+    if parsed.get("format_version") != FORMAT_VERSION:
+        raise damaged(path, f"it has format {parsed.get('format_version')!r}, this is {FORMAT_VERSION}", name)
     try:
-        version = raw["format_version"]
-        if version != FORMAT_VERSION:
-            raise ShardError(
-                f"{path} has shard format {version}, this version reads {FORMAT_VERSION}. "
-                f"Remove {directory} and build the model again."
-            )
-        records = [record_from_json(item) for item in (raw["root"], *raw["layers"])]
-        return Manifest(**{**raw, "root": records[0], "layers": tuple(records[1:])})
-    except (KeyError, TypeError) as error:
-        raise ShardError(f"{path} is damaged. Remove {directory} and build the model again.") from error
+        return _checked(parsed)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"an entry is missing or wrong ({error})", name) from error
 
 
-def record_from_json(raw: Any) -> ShardRecord:
-    """A shard record from its JSON form."""
-    tensors = tuple(TensorSpec(**{**item, "shape": tuple(item["shape"])}) for item in raw["tensors"])
-    return ShardRecord(**{**raw, "tensors": tensors})
+def damaged(path: Path, reason: str, name: str) -> ShardError:
+    """The error for a file of the model `name` that cannot be trusted: what, why, and what to do."""
+    return ShardError(f"{path}: {reason}. Remove the model with `lamella models remove {name}` and build it again.")
 
 
-def check_shards(directory: Path, records: Iterable[ShardRecord], *, always_hash: bool = False) -> None:
-    """Check that every shard file is whole and unaltered.
-
-    Files whose inode, size and times are those of their last full check are not hashed again, unless `always_hash`.
-
-    Raises:
-        ShardError: a file is missing, truncated or altered; names it and the fix.
-    """
-    verified = _read_verified(directory)
-    fresh: dict[str, list[int]] = {}
-    for record in records:
-        stamp = _stamp(directory, record)
-        if always_hash or verified.get(record.file) != stamp:
-            _check_hash(directory, record)
-            stamp = _stamp(directory, record)
-        fresh[record.file] = stamp
-    if fresh != verified:
-        remember_verified(directory, fresh)
+def _checked(parsed: dict[str, object]) -> Manifest:
+    values = {field.name: parsed[field.name] for field in dataclasses.fields(Manifest)}
+    for field in ("name", "family", "source_kind", "source", "fingerprint", "dtype", "build"):
+        _text(values[field], field)
+    for field in ("revision", "requested_dtype"):
+        if values[field] is not None:
+            _text(values[field], field)
+    if not _BUILD_NAME.fullmatch(str(values["build"])):
+        raise ValueError("build is not a directory name")
+    values["root"] = _record(values["root"])
+    for field in ("layers", "companions"):
+        values[field] = tuple(_record(item) for item in _list(values[field], field))
+    if not isinstance(values["built_at"], int | float):
+        raise ValueError("built_at is not a time")
+    return Manifest(**values)  # type: ignore[arg-type] # every value was checked above
 
 
-def remember_verified(directory: Path, stamps: dict[str, list[int]]) -> None:
-    """Remember the stamps of files whose hash is known to be right; a read-only store is left as it is."""
-    if os.access(directory, os.W_OK):
-        write_json(directory / VERIFIED_FILE, stamps)
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{field} is not text")
+    return value
 
 
-def stamp_of(directory: Path, record: ShardRecord) -> list[int]:
-    """What changes when a file is written to or replaced: inode, size, modification and change time (ns)."""
-    status = os.stat(directory / record.file)
-    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+def _list(value: object, field: str) -> list[object]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{field} is not a list with entries")
+    return value
 
 
-def _stamp(directory: Path, record: ShardRecord) -> list[int]:
-    path = directory / record.file
-    try:
-        stamp = stamp_of(directory, record)
-    except OSError as error:
-        raise _broken(path, f"it cannot be read: {error.strerror}") from error
-    if stamp[1] != record.file_bytes:
-        raise _broken(path, f"it has {stamp[1]} bytes instead of {record.file_bytes}")
-    return stamp
-
-
-def _check_hash(directory: Path, record: ShardRecord) -> None:
-    path = directory / record.file
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_HASH_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise _broken(path, f"it cannot be read: {error.strerror}") from error
-    if digest.hexdigest() != record.sha256:
-        raise _broken(path, "its contents changed since it was built (sha256 differs)")
-
-
-def _read_verified(directory: Path) -> dict[str, list[int]]:
-    try:
-        raw: Any = json.loads((directory / VERIFIED_FILE).read_text())
-    except (OSError, ValueError):
-        return {}  # only costs hashing again
-    return raw if isinstance(raw, dict) else {}
-
-
-def _broken(path: Path, reason: str) -> ShardError:
-    return ShardError(
-        f"the shard {path} is broken: {reason}. Remove the model (`lamella models remove NAME`) and build it again."
-    )
+def _record(value: object) -> ShardRecord:
+    if not isinstance(value, dict):
+        raise ValueError("a file's entry is not an object")
+    file, nbytes, sha256 = value["file"], value["nbytes"], value["sha256"]
+    if not _FILE_NAME.fullmatch(_text(file, "file")) or not _SHA256.fullmatch(_text(sha256, "sha256")):
+        raise ValueError(f"{file!r} is not a file of the model")
+    if type(nbytes) is not int or nbytes < 0:
+        raise ValueError(f"the size of {file} is not a number of bytes")
+    return ShardRecord(file, nbytes, sha256)

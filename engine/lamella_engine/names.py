@@ -1,50 +1,61 @@
-"""Model names, and the directory a name stands for: never outside the store."""
+"""Model names: which are allowed, and which directory of the store each one means.
+
+Owns the rule (the same one the wire applies) and the mapping to directory names, which is one to one and cannot leave
+the store. Touches no file.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 from lamella_engine.errors import ModelNameError
 
-_MODEL_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{7,64})?$", re.ASCII)
-_NOT_IN_NAMES = re.compile(r"[^\w.-]+|\.{2,}", re.ASCII)
+MAX_NAME_CHARS = 200
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{7,64})?", re.ASCII)
+_SEPARATOR = "+"  # not allowed in names, so that `a/b` and `a+b` cannot meet in one directory
+_NOT_ALLOWED = re.compile(r"[^\w.-]+", re.ASCII)
 
 
 def check_model_name(name: str) -> str:
-    """Return `name` if it is ``name``, ``owner/name`` or either with ``@revision`` (7 to 64 hex digits).
+    """Return `name` if it is ``name``, ``owner/name`` or either with ``@revision`` (hex, 7-64 digits).
 
     Raises:
-        ModelNameError: it is not, or could mean a path outside the store.
+        ModelNameError: the name could mean a path outside the store, or is not of that form.
     """
-    if len(name) > 200 or ".." in name or not _MODEL_NAME.match(name):
+    if not is_model_name(name):
         raise ModelNameError(
-            f"{name!r} is not a model name; use 'name', 'owner/name' or 'owner/name@revision' "
+            f"{name[:MAX_NAME_CHARS]!r} is not a model name; use 'name', 'owner/name' or 'owner/name@revision' "
             "made of letters, digits, '.', '_' and '-'"
         )
     return name
 
 
-def model_directory(root: Path, name: str) -> Path:
-    """The directory of `name` in the store at `root`; different names never share one."""
-    return root / quote(check_model_name(name), safe="@")
+def is_model_name(name: str) -> bool:
+    """True if `check_model_name` accepts the name."""
+    return len(name) <= MAX_NAME_CHARS and ".." not in name and _MODEL_NAME.fullmatch(name) is not None
 
 
-def directory_model_name(directory: Path) -> str:
-    """The name that `model_directory` made `directory` from."""
-    return unquote(directory.name)
+def directory_name(name: str) -> str:
+    """The directory of the model `name` in a store: one path component, different for different names."""
+    return check_model_name(name).replace("/", _SEPARATOR)
+
+
+def model_name(directory: Path) -> str:
+    """The name whose `directory_name` the directory has."""
+    return directory.name.replace(_SEPARATOR, "/")
+
+
+def name_from_path(path: Path) -> str:
+    """The name of a model that is known by its path only: readable, and different for different places."""
+    place = path.resolve()
+    stem = place.stem if place.suffix.lower() == ".gguf" else place.name
+    readable = _NOT_ALLOWED.sub("-", stem).strip("-._")[:100].replace("..", "-") or "model"
+    return f"{readable}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """``owner/name`` and the revision after ``@``, or None."""
-    repository, _, revision = name.partition("@")
+    """The repository on the hub that `name` means, and the commit it is pinned to, if any."""
+    repository, _, revision = check_model_name(name).partition("@")
     return repository, revision or None
-
-
-def name_for_path(path: Path, fingerprint: str) -> str:
-    """A store name for a checkpoint that was given as a path: its base name and the start of its fingerprint."""
-    base = _NOT_IN_NAMES.sub("-", path.resolve().name.removesuffix(".gguf")).strip("-.") or "model"
-    if not base[0].isalnum():
-        base = "m" + base
-    return check_model_name(f"{base[:100]}-{fingerprint[:12]}")

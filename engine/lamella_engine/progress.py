@@ -1,12 +1,20 @@
-"""How long work on a model reports how far it is."""
+"""How work on a model reports its progress: one call per step, from the thread that asked for the work."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
+
+DOWNLOAD: Final = "download"
+BUILD: Final = "build"
+CHECK: Final = "check"
 
 
 class Progress(Protocol):
-    """Called now and then while a model is fetched or built, always from the thread that asked for it."""
+    """Called with the bytes done so far and in all of one phase; `done_bytes` never falls within a phase."""
 
     def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None:
-        """`phase` says what is being done, such as ``download`` or ``shards``."""
+        """`phase` is one of the constants above; must be quick, and whatever it raises ends the work."""
+
+
+def silent(phase: str, done_bytes: int, total_bytes: int) -> None:
+    """Report to nobody."""

@@ -7,7 +7,6 @@ a filled buffer is bound as it is, on a GPU `slots` copies it on.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import queue
@@ -19,8 +18,6 @@ import torch
 
 from lamella_engine.errors import EngineError, ShardError
 from lamella_engine.shard import Shard
-
-logger = logging.getLogger(__name__)
 
 READ_BYTES = 8 * 1024 * 1024  # one preadv call; large enough that the system call does not show
 STALL_S = 120.0  # a read slower than this is a broken disk
@@ -135,9 +132,10 @@ class LayerReader:
                         slot.copied.synchronize()
                     _read_data(self._files[layer], self._shards[layer], slot.view)
                     self._filled.put_nowait(FilledSlot(layer, slot))
-        except (OSError, ShardError) as error:
-            logger.error("reading shards stopped: %s", error)
-            self._filled.put_nowait(error if isinstance(error, ShardError) else ShardError(f"reading shards: {error}"))
+        except OSError as error:
+            self._filled.put_nowait(ShardError(f"reading the shards failed: {error}"))
+        except Exception as error:  # noqa: BLE001 - raised again by the sweep that waits
+            self._filled.put_nowait(error)
 
     def _next_free(self) -> HostSlot | None:
         while not self._stop.is_set():

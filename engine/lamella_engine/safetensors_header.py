@@ -1,111 +1,161 @@
-"""Safetensors headers, read with suspicion: nothing is trusted before it is checked against the file's size.
+"""Reads and checks the header of a safetensors file, before anything else of the file is trusted.
 
-Format: 8 bytes little-endian header length, the header as JSON, then the data. Source of the rules: the safetensors
-format description.
+Owns the format's rules (length, JSON, types, places); reads no tensor. Neighbours: `checkpoint` (source files) and
+`shard_check` (our own shards).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import TypeGuard
 
 from lamella_engine.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+METADATA_KEY = "__metadata__"
 
-TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
-SAFETENSORS_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
-ITEM_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
-    "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
-}  # fmt: skip
+# Name in the file -> (torch name, bytes per element).
+DTYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {
+        "F64": ("float64", 8),
+        "F32": ("float32", 4),
+        "F16": ("float16", 2),
+        "BF16": ("bfloat16", 2),
+        "F8_E4M3": ("float8_e4m3fn", 1),
+        "F8_E5M2": ("float8_e5m2", 1),
+        "F8_E8M0": ("float8_e8m0fnu", 1),
+        "I64": ("int64", 8),
+        "I32": ("int32", 4),
+        "I16": ("int16", 2),
+        "I8": ("int8", 1),
+        "U64": ("uint64", 8),
+        "U32": ("uint32", 4),
+        "U16": ("uint16", 2),
+        "U8": ("uint8", 1),
+        "BOOL": ("bool", 1),
+    }
+)
+FILE_DTYPES: Mapping[str, str] = MappingProxyType({torch_name: name for name, (torch_name, _) in DTYPES.items()})
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: torch dtype name, shape, and its bytes as [begin, end) from the start of the file."""
+    """One tensor of a file: torch dtype name, shape, and its bytes from the file's start."""
 
+    name: str
     dtype: str
     shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.end - self.begin
+    start: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """The tensors of one file by name; `data_start` is where its data begin."""
+    """A checked header: its tensors are inside the file, lie one behind the other and have the sizes they claim.
+
+    Attributes:
+        path: the file.
+        file_bytes: its size.
+        data_start: where the data begins, in bytes from the file's start.
+        tensors: by name, in the order of their data.
+        sha256: of the header, in hex.
+    """
 
     path: Path
+    file_bytes: int
     data_start: int
-    entries: Mapping[str, TensorEntry]
+    tensors: Mapping[str, TensorEntry]
+    sha256: str
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """Read and check the header of a safetensors file.
+    """Read and check the header of `path`.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or its header does not fit it; names the file and the reason.
+        CheckpointError: the file cannot be read, or its header is not one of a whole safetensors file.
     """
     try:
-        file_bytes = os.stat(path).st_size
         with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise _corrupt(path, f"its header would be {length} bytes in a file of {file_bytes}")
-            raw = file.read(length)
+            file_bytes = os.fstat(file.fileno()).st_size
+            header_bytes = _header_bytes(path, file.read(8), file_bytes)
+            raw = file.read(header_bytes)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        listed = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _corrupt(path, "its header is not JSON") from error
-    if not isinstance(listed, dict):
-        raise _corrupt(path, "its header is not a JSON object")
-    data_start = 8 + length
-    entries = {
-        name: _entry(path, name, value, data_start, file_bytes)
-        for name, value in listed.items()
-        if name != "__metadata__"
-    }
-    end = data_start
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != end:
-            raise _corrupt(path, f"tensor {name!r} begins at byte {entry.begin} where {end} was expected")
-        end = entry.end
-    if end != file_bytes:
-        raise _corrupt(path, f"its tensors end at byte {end}, the file at {file_bytes}; it is truncated or padded")
-    return SafetensorsHeader(path, data_start, entries)
-
-
-def _entry(path: Path, name: str, value: object, data_start: int, file_bytes: int) -> TensorEntry:
-    try:
-        assert isinstance(value, dict), "caught below"
-        dtype, shape, (begin, end) = TORCH_NAMES.get(value["dtype"]), value["shape"], value["data_offsets"]
-        is_sound = all(type(number) is int and number >= 0 for number in (begin, end, *shape))
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise _corrupt(path, f"the entry of tensor {name!r} is malformed") from error
-    if dtype is None:
-        raise CheckpointError(f"{path}: tensor {name!r} has the type {value['dtype']!r}, which is not supported")
-    if not is_sound or begin > end or data_start + end > file_bytes:
-        raise _corrupt(path, f"tensor {name!r} lies outside the file")
-    if math.prod(shape) * ITEM_BYTES[dtype] != end - begin:
-        raise _corrupt(path, f"tensor {name!r} of shape {shape} and type {dtype} cannot have {end - begin} bytes")
-    return TensorEntry(dtype, tuple(shape), data_start + begin, data_start + end)
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    tensors = _tensors(path, _parse(path, raw, header_bytes), 8 + header_bytes, file_bytes)
+    digest = hashlib.sha256(raw).hexdigest()
+    return SafetensorsHeader(path, file_bytes, 8 + header_bytes, MappingProxyType(tensors), digest)
 
 
 def _corrupt(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is not a sound safetensors file: {reason}. Fetch it again.")
+    return CheckpointError(f"{path} is not a whole safetensors file: {reason}. Fetch the file again.")
+
+
+def _header_bytes(path: Path, prefix: bytes, file_bytes: int) -> int:
+    if len(prefix) < 8:
+        raise _corrupt(path, f"it has {file_bytes} bytes, not even a header length")
+    header_bytes = int.from_bytes(prefix, "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise _corrupt(path, f"its header claims {header_bytes} bytes, more than the format's {MAX_HEADER_BYTES}")
+    if 8 + header_bytes > file_bytes:
+        raise _corrupt(path, f"its header claims {header_bytes} bytes, the whole file has {file_bytes}")
+    return header_bytes
+
+
+def _parse(path: Path, raw: bytes, header_bytes: int) -> dict[str, object]:
+    if len(raw) != header_bytes:
+        raise _corrupt(path, "it ends inside its header")
+    try:
+        parsed = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"its header is not JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise _corrupt(path, "its header is not a JSON object")
+    return parsed
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return entries
+
+
+def _tensors(path: Path, parsed: dict[str, object], data_start: int, file_bytes: int) -> dict[str, TensorEntry]:
+    entries = [_entry(path, name, value, data_start) for name, value in parsed.items() if name != METADATA_KEY]
+    entries.sort(key=lambda entry: (entry.start, entry.nbytes))
+    end = data_start
+    for entry in entries:
+        if entry.start != end:
+            fault = "overlaps the one before it" if entry.start < end else "leaves a hole before it"
+            raise _corrupt(path, f"tensor {entry.name!r} {fault}")
+        end += entry.nbytes
+    if end != file_bytes:
+        fault = "it was cut off" if end > file_bytes else "it has bytes that belong to no tensor"
+        raise _corrupt(path, f"its tensors end at byte {end}, the file at {file_bytes}: {fault}")
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry:
+    if not isinstance(value, dict):
+        raise _corrupt(path, f"tensor {name!r} is not described by an object")
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name!r} has type {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _corrupt(path, f"shape or data_offsets of tensor {name!r} are not lists of sizes")
+    torch_name, element_bytes = DTYPES[dtype]
+    start, stop = offsets
+    if stop - start != math.prod(shape) * element_bytes:
+        raise _corrupt(path, f"tensor {name!r} has {stop - start} bytes, its shape {shape} of {dtype} needs others")
+    return TensorEntry(name, torch_name, tuple(shape), data_start + start, stop - start)
+
+
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

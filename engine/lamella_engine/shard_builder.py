@@ -1,161 +1,320 @@
-"""Builds a model's shards from a checkpoint, one layer in memory at a time.
+"""Builds a model's shards from a checkpoint: plan, room, files, manifest, in this order.
 
-A build that was cut off goes on where it stopped: each finished shard is recorded with its hash once it is safely on
-the disk. Room on the disk is checked before anything is written. The caller holds the model's lock.
+Owns one build: nothing is written before the plan stands and the room for it is there; each finished shard is recorded
+with its checksum, so that a killed build goes on where it was; the manifest comes last and publishes the model. The
+caller holds the model's lock. Neighbours: `weight_source` and `convert` before it, `shard_writer` below it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lamella_engine import architecture
-from lamella_engine.checkpoint import ROOT_GROUP, Checkpoint, fingerprint
-from lamella_engine.errors import DiskFull
+from lamella_engine import architecture, convert
+from lamella_engine.convert import ModelPlan, ShardPlan
+from lamella_engine.errors import CheckpointError, DiskFull, ModelError, ShardError
 from lamella_engine.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    ROOT_SHARD,
     Manifest,
-    ShardRecord,
-    record_from_json,
-    remember_verified,
-    stamp_of,
-    write_json,
+    layer_file,
+    read_manifest,
     write_manifest,
 )
-from lamella_engine.progress import Progress
-from lamella_engine.shard_writer import file_bytes, write_shard
+from lamella_engine.progress import BUILD, Progress
+from lamella_engine.shard_check import STAMPS_FILE, hash_file, stamp_unless_recent, write_stamps
+from lamella_engine.shard_writer import (
+    PART_SUFFIX,
+    ShardLayout,
+    ShardRecord,
+    as_model_error,
+    lay_out,
+    size_of,
+    sync_directory,
+    write_shard,
+)
+from lamella_engine.weight_source import SourceKind, WeightSource
 
 logger = logging.getLogger(__name__)
 
-BUILDING_FILE = "building.json"
+BUILT_FILE = "built.jsonl"
+_BOOKKEEPING_BYTES = 65_536  # manifest, records and stamps: this much, and as much again per 200 shards
+_OWN_FILES = frozenset({BUILT_FILE, STAMPS_FILE})
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where the checkpoint came from: what the manifest says of it."""
+class BuildRequest:
+    """What to build: the model's name, its checked source, and the dtype to store in (None: the source's own)."""
 
     name: str
-    source: str
+    source: WeightSource
+    kind: SourceKind
+    location: str
     revision: str | None
+    dtype: str | None
 
 
+@dataclass(frozen=True)
+class _PlannedShard:
+    """One shard to write: its file name, what goes into it and where."""
+
+    file: str
+    plan: ShardPlan
+    layout: ShardLayout
+
+    @property
+    def data_bytes(self) -> int:
+        return self.layout.file_bytes - len(self.layout.header)
+
+
+@dataclass(frozen=True)
 class _Build:
-    """The record of a build under way: finished shards with their stamps, valid for one source and type only."""
+    """A planned build in its directory; nothing is written yet."""
 
-    def __init__(self, directory: Path, source_hash: str, dtype: str) -> None:
-        self._path = directory / BUILDING_FILE
-        self._directory = directory
-        self._key = [source_hash, dtype]
-        self.records: dict[str, ShardRecord] = {}
-        self.stamps: dict[str, list[int]] = {}
-        self._load()
-
-    def _load(self) -> None:
-        try:
-            raw: Any = json.loads(self._path.read_text())
-            if raw["key"] != self._key:
-                raise ValueError("another source")
-            for item, stamp in raw["done"]:
-                record = record_from_json(item)
-                if (self._directory / record.file).is_file() and stamp_of(self._directory, record) == stamp:
-                    self.records[record.file] = record
-                    self.stamps[record.file] = stamp
-        except FileNotFoundError:
-            return
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning("starting the build in %s anew: %s", self._directory, error)
-            self.records.clear()
-            self.stamps.clear()
-
-    def add(self, record: ShardRecord) -> None:
-        """Remember a shard that is safely on the disk."""
-        self.records[record.file] = record
-        self.stamps[record.file] = stamp_of(self._directory, record)
-        done = [(asdict(record), self.stamps[name]) for name, record in self.records.items()]
-        write_json(self._path, {"key": self._key, "done": done})
-
-    def finish(self) -> None:
-        """Forget the record; the manifest has taken its place."""
-        self._path.unlink(missing_ok=True)
+    request: BuildRequest
+    built: architecture.Architecture
+    plan: ModelPlan
+    shards: tuple[_PlannedShard, ...]
+    fingerprint: str
+    directory: Path
 
 
-def build(
-    directory: Path, checkpoint: Checkpoint, origin: Origin, dtype: str | None, progress: Progress | None
-) -> Manifest:
-    """Build all shards of `checkpoint` in `directory` and publish them.
+def build(request: BuildRequest, model_directory: Path, progress: Progress) -> Manifest:
+    """Build and publish `request` in `model_directory`; an earlier, killed build of the same is continued.
 
     Raises:
-        UnsupportedModel: the family cannot run; nothing was written.
-        DiskFull: the disk lacks room; checked before anything is written, and while writing.
-        CheckpointError: the checkpoint is incomplete or corrupt.
+        UnsupportedModel: the family cannot run here; nothing was written.
+        CheckpointError: the source is corrupt or incomplete; nothing is left behind.
+        DiskFull: there is no room (nothing was written), or it went away (finished shards are kept).
     """
-    stored = dtype or checkpoint.dtype
-    built = architecture.build(checkpoint.config(), getattr(torch, stored))
-    groups = checkpoint.groups(built, dtype)
-    source_hash = fingerprint(checkpoint)
-    work = _Build(directory, source_hash, stored)
-    sizes = {group: file_bytes(source.expected()) for group, source in groups.items()}
-    _check_room(directory, sum(size for group, size in sizes.items() if shard_file(group) not in work.records))
-    directory.mkdir(parents=True, exist_ok=True)
-    _clean(directory, keep=set(work.records))
-    done = 0
-    for group, source in groups.items():
-        if shard_file(group) not in work.records:
-            written = write_shard(directory / shard_file(group), source.load())
-            work.add(
-                ShardRecord(shard_file(group), written.data_start, written.nbytes, written.sha256, written.tensors)
-            )
-        done += sizes[group]
-        if progress is not None:
-            progress("shards", done, sum(sizes.values()))
-    checkpoint.save_side_files(directory)
-    remember_verified(directory, work.stamps)
-    manifest = Manifest(
-        name=origin.name,
-        revision=origin.revision,
-        source_kind=checkpoint.kind,
-        source=origin.source,
-        source_hash=source_hash,
-        dtype=stored,
-        family=built.family,
-        root=work.records[shard_file(ROOT_GROUP)],
-        layers=tuple(work.records[shard_file(index)] for index in range(len(built.layers))),
-    )
-    write_manifest(directory, manifest)
-    work.finish()
+    planned = _plan(request, model_directory)
+    _remove_leftovers(model_directory, keep=planned.directory.name)
+    finished = _finished_shards(planned)
+    _check_room(planned, finished, model_directory)
+    with _cleaned_up(planned.directory, model_directory):
+        _make_directory(planned.directory)
+        companions = _write_companions(planned)
+        records = _write_shards(planned, finished, progress)
+        if request.source.fingerprint != planned.fingerprint:
+            raise CheckpointError(f"{request.source.path} was changed while it was read; try again when it is complete")
+        manifest = _manifest(planned, companions, records)
+        _stamp(planned.directory, manifest)
+        write_manifest(model_directory, manifest)
+    _remove_leftovers(model_directory, keep=planned.directory.name)
+    logger.info("built %s: %d shards, %d bytes, %s", request.name, len(records), manifest.size_bytes, manifest.dtype)
     return manifest
 
 
-def shard_file(group: int) -> str:
-    """File name of a group's shard."""
-    return "root.safetensors" if group == ROOT_GROUP else f"layer-{group:05d}.safetensors"
+def _plan(request: BuildRequest, model_directory: Path) -> _Build:
+    source = request.source
+    fingerprint = source.fingerprint
+    config = source.load_config()
+    claimed = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(claimed, int) or not 1 <= claimed <= source.num_tensors:
+        raise CheckpointError(
+            f"{source.path} claims {claimed} layers and holds {source.num_tensors} tensors; its config is not of "
+            "these weights"
+        )
+    try:
+        built = architecture.build(config, torch.float32)
+    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as error:
+        raise CheckpointError(f"the config of {source.path} does not make a model: {error}") from error
+    plan = convert.plan(built, source.conversions(built), request.dtype)
+    shards = (
+        _PlannedShard(ROOT_SHARD, plan.root, lay_out(plan.root.tensors)),
+        *(_PlannedShard(layer_file(index), layer, lay_out(layer.tensors)) for index, layer in enumerate(plan.layers)),
+    )
+    key = hashlib.sha256(f"{FORMAT_VERSION} {fingerprint} {plan.is_untied}".encode())
+    for shard in shards:
+        key.update(shard.layout.header)
+    return _Build(request, built, plan, shards, fingerprint, model_directory / key.hexdigest()[:16])
 
 
-def _check_room(directory: Path, needed: int) -> None:
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    status = os.statvfs(existing)
-    free = status.f_bavail * status.f_frsize
-    if needed > free:
+def _remove_leftovers(model_directory: Path, keep: str) -> None:
+    """Remove builds that are neither published nor `keep`; processes that opened their files keep reading them."""
+    if not model_directory.is_dir():
+        return
+    try:
+        published = read_manifest(model_directory)
+    except ShardError:
+        published = None
+    kept = {keep, MANIFEST_FILE, *([published.build] if published else [])}
+    for entry in model_directory.iterdir():
+        if entry.name in kept:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _finished_shards(planned: _Build) -> dict[str, ShardRecord]:
+    """Shards of an earlier, killed build that are whole: recorded, and their contents hash to what was recorded."""
+    expected = {shard.file: shard.layout.file_bytes for shard in planned.shards}
+    finished: dict[str, ShardRecord] = {}
+    for record in _recorded(planned.directory / BUILT_FILE):
+        path = planned.directory / record.file
+        if record.nbytes != expected.get(record.file) or not path.is_file() or path.stat().st_size != record.nbytes:
+            continue
+        if hash_file(path) == record.sha256:
+            finished[record.file] = record
+    if finished:
+        logger.info("going on with %s: %d of %d shards are built", planned.request.name, len(finished), len(expected))
+    return finished
+
+
+def _recorded(path: Path) -> list[ShardRecord]:
+    records = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            values = json.loads(line)
+            records.append(ShardRecord(str(values["file"]), int(values["nbytes"]), str(values["sha256"])))
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that was being written when the build was killed
+    return records
+
+
+def _check_room(planned: _Build, finished: dict[str, ShardRecord], model_directory: Path) -> None:
+    pending = [shard for shard in planned.shards if shard.file not in finished]
+    block_bytes = 4096
+    needed = sum(-(-shard.layout.file_bytes // block_bytes) * block_bytes for shard in pending)
+    needed += planned.request.source.companion_bytes + _BOOKKEEPING_BYTES * (1 + len(planned.shards) // 200)
+    free = shutil.disk_usage(_nearest_existing(model_directory)).free
+    reusable = sum(path.stat().st_size for path in planned.directory.glob(f"*{PART_SUFFIX}"))
+    if free + reusable < needed:
         raise DiskFull(
-            f"the shards for {directory.name} need {needed:,} bytes more, {free:,} are free under {existing}. "
-            "Make room, or choose another store (--store or LAMELLA_STORE).",
+            f"the shards of {planned.request.name} need {needed:,} more bytes ({needed / 1e9:.1f} GB) and "
+            f"{model_directory.parent} has {free:,} free ({free / 1e9:.1f} GB). Nothing was written; free some space, "
+            "or name another store with LAMELLA_STORE or --store.",
             needed,
             free,
         )
 
 
-def _clean(directory: Path, keep: set[str]) -> None:
-    """Remove what a cut-off build left behind: half-written files and shards that cannot be trusted."""
-    for path in directory.iterdir():
-        if path.name in keep or path.name == BUILDING_FILE:
+def _nearest_existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextmanager
+def _cleaned_up(directory: Path, model_directory: Path) -> Iterator[None]:
+    """Leave nothing behind when the source is at fault; what was finished stays where the disk is."""
+    try:
+        yield
+    except DiskFull:
+        raise
+    except OSError as error:
+        raise as_model_error(error, directory, 0) from error
+    except ModelError:
+        shutil.rmtree(directory, ignore_errors=True)
+        _remove_if_empty(model_directory)
+        raise
+
+
+def _remove_if_empty(directory: Path) -> None:
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _make_directory(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for part in directory.glob(f"*{PART_SUFFIX}"):
+        part.unlink()
+    sync_directory(directory.parent)
+
+
+def _write_companions(planned: _Build) -> tuple[ShardRecord, ...]:
+    directory = planned.directory
+    planned.request.source.write_companions(directory, planned.built.model.config)
+    if planned.plan.is_untied:
+        _untie(directory / "config.json")
+    shard_files = {shard.file for shard in planned.shards}
+    records = []
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() or path.name in shard_files or path.name in _OWN_FILES:
             continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        records.append(ShardRecord(path.name, path.stat().st_size, hash_file(path)))
+    return tuple(records)
+
+
+def _untie(config_path: Path) -> None:
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["tie_word_embeddings"] = False
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"]["tie_word_embeddings"] = False
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(planned: _Build, finished: dict[str, ShardRecord], progress: Progress) -> tuple[ShardRecord, ...]:
+    total = sum(shard.data_bytes for shard in planned.shards)
+    done = sum(shard.data_bytes for shard in planned.shards if shard.file in finished)
+    progress(BUILD, done, total)
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(BUILD, min(done, total), total)
+
+    records = []
+    for shard in planned.shards:
+        record = finished.get(shard.file) or _write_one(planned.directory, shard, advance)
+        records.append(record)
+    progress(BUILD, total, total)
+    return tuple(records)
+
+
+def _write_one(directory: Path, shard: _PlannedShard, advance: Callable[[int], None]) -> ShardRecord:
+    def rename(native: str) -> str:
+        return native.removeprefix(shard.plan.prefix)
+
+    record = write_shard(directory / shard.file, shard.layout, shard.plan.conversions, rename, advance)
+    with (directory / BUILT_FILE).open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps({"file": record.file, "nbytes": record.nbytes, "sha256": record.sha256}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return record
+
+
+def _manifest(planned: _Build, companions: tuple[ShardRecord, ...], records: tuple[ShardRecord, ...]) -> Manifest:
+    request = planned.request
+    bytes_by_dtype: Counter[str] = Counter()
+    for shard in planned.shards:
+        for _, tensor in shard.layout.places.values():
+            bytes_by_dtype[tensor.dtype] += size_of(tensor)
+    return Manifest(
+        name=request.name,
+        family=planned.built.family,
+        source_kind=request.kind.value,
+        source=request.location,
+        revision=request.revision,
+        fingerprint=planned.fingerprint,
+        dtype=bytes_by_dtype.most_common(1)[0][0],
+        requested_dtype=request.dtype,
+        build=planned.directory.name,
+        root=records[0],
+        layers=records[1:],
+        companions=companions,
+        built_at=time.time(),
+    )
+
+
+def _stamp(directory: Path, manifest: Manifest) -> None:
+    """Spare the first opening most of the hashing: until now nobody else could know of these files."""
+    stamps = {record.file: stamp_unless_recent(directory / record.file) for record in manifest.files}
+    write_stamps(directory, {file: stamp for file, stamp in stamps.items() if stamp is not None})

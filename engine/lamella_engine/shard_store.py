@@ -1,7 +1,7 @@
-"""The store of built models: a directory shared by all workers of a host, in which each model is built once.
+"""The store of shards on one host: models in, checked models out, whoever asks and however many at once.
 
-One directory per model, one lock per model (in ``.locks``). What is published in it is only ever read; what a crashed
-build left behind is taken up or cleaned away by the next one.
+Owns names, publication, locks and the decision whether what is stored is what was asked for. `shard_builder` builds,
+`shard_check` checks, `hub` and the checkpoints supply. Layout: see `manifest`.
 """
 
 from __future__ import annotations
@@ -9,56 +9,58 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
-from lamella_engine import architecture, hub, shard_builder
-from lamella_engine.checkpoint import Checkpoint, fingerprint, open_checkpoint
-from lamella_engine.errors import ModelError, ModelNameError, ModelNotFound
-from lamella_engine.manifest import Manifest, check_shards, read_manifest
-from lamella_engine.names import check_model_name, model_directory, name_for_path
-from lamella_engine.progress import Progress
+from lamella_engine import architecture, hub, names, shard_builder
+from lamella_engine.checkpoint import DirectoryCheckpoint
+from lamella_engine.errors import CheckpointError, ModelError, ModelNotFound, OptionError, ShardError
+from lamella_engine.gguf_checkpoint import GgufCheckpoint
+from lamella_engine.manifest import MANIFEST_FILE, Manifest, read_manifest
+from lamella_engine.model_lock import ModelLock
+from lamella_engine.options import DTYPES
+from lamella_engine.progress import Progress, silent
 from lamella_engine.shard import ShardedModel
-from lamella_engine.shard_builder import Origin
+from lamella_engine.shard_builder import BuildRequest
+from lamella_engine.shard_check import check_files, read_shard_layout
+from lamella_engine.shard_writer import as_model_error, sync_directory
+from lamella_engine.weight_source import SourceKind, WeightSource
 
 logger = logging.getLogger(__name__)
 
-BUILD_DEADLINE_S = 6 * 3600.0  # a 140 GB model from a slow disk takes hours
-REMOVE_DEADLINE_S = 10.0
-_REMIND_S = 15.0  # how often a waiting process says whom it waits for
-_LOCKS = ".locks"
+STORE_VARIABLE = "LAMELLA_STORE"
+BUILD_WAIT_S = 2 * 3600.0
+_REMOVE_WAIT_S = 1.0
 
 
 def default_store_root() -> Path:
-    """The store that is used where none is named: ``LAMELLA_STORE``, else ``~/.cache/lamella/shards``."""
-    return Path(os.environ.get("LAMELLA_STORE") or "~/.cache/lamella/shards").expanduser()
+    """The directory in LAMELLA_STORE, else ``~/.cache/lamella/shards``."""
+    return Path(os.environ.get(STORE_VARIABLE) or "~/.cache/lamella/shards").expanduser()
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A model as asked for: its name, the local source if one was given, and the dtype to store in."""
+
+    name: str
+    origin: Path | None
+    dtype: str | None
 
 
 class ShardStore:
-    """The models under one directory; safe to use from many processes at once."""
+    """A directory of sharded models; any number of processes may use it at once.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser()
+    Args:
+        root: the directory; made when the first model is built.
+        build_wait_s: how long to wait for another process that builds the same model, in seconds.
+    """
 
-    def open(self, name: str) -> ShardedModel:
-        """Open a built model, checking every shard (in full where it changed since it was last checked).
-
-        Raises:
-            ModelNotFound: the store does not have it.
-            ShardError: a shard is missing, truncated or altered.
-        """
-        directory = model_directory(self.root, name)
-        manifest = read_manifest(directory)
-        if manifest is None:
-            raise ModelNotFound(f"the store {self.root} has no model {name!r}; it has {self._names()}")
-        check_shards(directory, manifest.shards)
-        return _sharded(directory, manifest)
+    def __init__(self, root: Path, *, build_wait_s: float = BUILD_WAIT_S) -> None:
+        self.root = Path(root).expanduser()
+        self._build_wait_s = build_wait_s
 
     def ensure(
         self,
@@ -70,165 +72,212 @@ class ShardStore:
         hub_token: str | None = None,
         progress: Progress | None = None,
     ) -> ShardedModel:
-        """Open `model`, building it first if the store does not have it.
+        """Open `model`, building its shards first if the store does not have them.
 
         Args:
-            model: a name in the store or on the hub, or the path of a checkpoint directory or ``.gguf`` file.
-            source: where to build the name `model` from.
-            dtype: torch dtype name to store the weights in; None keeps the source's.
+            model: a name in the store; else a checkpoint directory or ``.gguf`` file; else ``owner/name[@revision]``
+                on the hub.
+            source: checkpoint directory or ``.gguf`` file to build from; `model` is then the name it gets.
+            dtype: torch dtype name to store the weights in; None keeps the source's (float32 for GGUF).
             offline: never ask the hub.
-            hub_token: hub access token; None means the usual places.
-            progress: told how far fetching and building are.
+            hub_token: access token for the hub; None means the usual places.
+            progress: told about downloads, building and checking.
 
         Raises:
-            ModelError: the model cannot be had, cannot run, or is in the store from another source.
+            ModelNameError, ModelNotFound, UnsupportedModel, CheckpointError, ShardError, DiskFull: see `errors`.
+            ModelError: the store has a model of that name from elsewhere or in another dtype, or another process
+                works on it for longer than `build_wait_s`.
         """
-        path = source or self._as_path(model)
-        if path is not None:
-            checkpoint = open_checkpoint(path)
-            found = fingerprint(checkpoint)
-            name = name_for_path(path, found) if source is None else check_model_name(str(model))
-            return self._build_from(name, checkpoint, Origin(name, str(path.resolve()), None), dtype, progress)
-        name = check_model_name(str(model))
-        if self.has(name):
-            return self._open_as(name, dtype)
-        if offline:
-            raise ModelNotFound(f"the store {self.root} has no model {name!r} and the hub may not be asked (offline)")
-        return self._build_from_hub(name, dtype, hub_token, progress)
+        if dtype is not None and dtype not in DTYPES:
+            raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}, or None for the source's own")
+        report = progress or silent
+        wanted = self._wanted(model, source, dtype)
+        local = open_source(wanted.origin) if wanted.origin is not None and wanted.origin.exists() else None
+        manifest = self._current(wanted, local)
+        if manifest is None:
+            try:
+                with self._lock(wanted.name).held(wanted.name, self._build_wait_s):
+                    manifest = self._current(wanted, local) or self._build(wanted, local, offline, hub_token, report)
+            except OSError as error:
+                raise as_model_error(error, self.root, 0) from error
+        return self._open(manifest, report)
 
-    def has(self, name: str) -> bool:
-        """True if the model is published in the store."""
-        return read_manifest(model_directory(self.root, name)) is not None
+    def open(self, name: str, *, progress: Progress | None = None) -> ShardedModel:
+        """Open a model that is in the store.
+
+        Raises:
+            ModelNotFound: it is not.
+            ShardError: a file is missing, truncated or altered.
+        """
+        return self._open(self._published(name), progress or silent)
 
     def list(self) -> tuple[Manifest, ...]:
-        """The manifests of all built models, by name."""
-        if not self.root.is_dir():
-            return ()
-        found = [read_manifest(path) for path in self.root.iterdir() if path.is_dir() and path.name != _LOCKS]
-        return tuple(sorted((item for item in found if item is not None), key=lambda item: item.name))
+        """The models in the store, by name; damaged ones are left out, see `damaged`."""
+        found = (manifest for manifest in self._scan() if isinstance(manifest, Manifest))
+        return tuple(sorted(found, key=lambda manifest: manifest.name))
 
-    def manifest(self, name: str) -> Manifest:
-        """The manifest of a built model, without checking its shards.
+    def damaged(self) -> tuple[ShardError, ...]:
+        """What is wrong with models whose manifest cannot be used."""
+        return tuple(error for error in self._scan() if isinstance(error, ShardError))
+
+    def verify(self, name: str, *, progress: Progress | None = None) -> Manifest:
+        """Hash every file of the model, whatever was checked before.
 
         Raises:
-            ModelNotFound: the store does not have it.
+            ModelNotFound: it is not in the store.
+            ShardError: a file is missing, truncated or altered.
         """
-        manifest = read_manifest(model_directory(self.root, name))
-        if manifest is None:
-            raise ModelNotFound(f"the store {self.root} has no model {name!r}; it has {self._names()}")
+        manifest = self._published(name)
+        check_files(manifest, self.build_directory(manifest), use_stamps=False, progress=progress or silent)
+        for record in (manifest.root, *manifest.layers):
+            read_shard_layout(self.build_directory(manifest) / record.file, name)
         return manifest
 
-    def verify(self, name: str) -> None:
-        """Hash every shard of a model.
+    def remove(self, name: str) -> int:
+        """Remove the model, or what a killed build left of it; return the bytes freed.
+
+        Processes that have it open go on: the files they opened stay readable to them.
 
         Raises:
-            ModelNotFound: the store does not have it.
-            ShardError: a shard is missing, truncated or altered.
+            ModelNotFound: there is nothing of that name.
+            ModelError: another process is building it.
         """
-        check_shards(model_directory(self.root, name), self.manifest(name).shards, always_hash=True)
-
-    def remove(self, name: str) -> None:
-        """Delete a model. Engines that have it open keep running on the files they hold.
-
-        Raises:
-            ModelNotFound: there is nothing of that name, not even a cut-off build.
-            ModelError: it is being built.
-        """
-        directory = model_directory(self.root, name)
+        directory = self._directory(name)
         if not directory.is_dir():
-            raise ModelNotFound(f"the store {self.root} has no model {name!r}; it has {self._names()}")
-        with self._lock(name, REMOVE_DEADLINE_S):
-            (directory / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(directory)
-
-    def _build_from_hub(
-        self, name: str, dtype: str | None, token: str | None, progress: Progress | None
-    ) -> ShardedModel:
-        with self._lock(name, BUILD_DEADLINE_S):
-            if self.has(name):  # another process built it meanwhile
-                return self._open_as(name, dtype)
-            config = architecture.load_config(hub.fetch_config(name, token=token).directory)
-            architecture.build(config, torch.float32)  # refuses what cannot run before the weights are fetched
-            snapshot = hub.download(name, token=token, progress=progress)
-            checkpoint = open_checkpoint(snapshot.directory)
-            origin = Origin(name, f"hub:{name}", snapshot.revision)
-            directory = model_directory(self.root, name)
-            return _sharded(directory, shard_builder.build(directory, checkpoint, origin, dtype, progress))
-
-    def _build_from(
-        self, name: str, checkpoint: Checkpoint, origin: Origin, dtype: str | None, progress: Progress | None
-    ) -> ShardedModel:
-        with self._lock(name, BUILD_DEADLINE_S):
-            if self.has(name):
-                if self.manifest(name).source_hash != fingerprint(checkpoint):
-                    raise ModelError(
-                        f"the store has {name!r} from other files than {origin.source} now holds. "
-                        f"Remove it first (`lamella models remove {name}`) or choose another name."
-                    )
-                return self._open_as(name, dtype)
-            directory = model_directory(self.root, name)
-            return _sharded(directory, shard_builder.build(directory, checkpoint, origin, dtype, progress))
-
-    def _open_as(self, name: str, dtype: str | None) -> ShardedModel:
-        sharded = self.open(name)
-        if dtype is not None and dtype != sharded.dtype:
-            raise ModelError(
-                f"the store has {name!r} in {sharded.dtype}, not {dtype}. Remove it first "
-                f"(`lamella models remove {name}`), or build it under another name."
-            )
-        return sharded
-
-    def _as_path(self, model: str | Path) -> Path | None:
-        """The checkpoint path that `model` means, or None if it is a name."""
-        if isinstance(model, Path):
-            return model.expanduser()
-        path = Path(model).expanduser()
+            raise self._not_found(name)
         try:
-            if self.has(model):
-                return None
-        except ModelNameError:
-            return path if path.exists() or _looks_like_path(model) else None
-        return path if path.is_dir() or (path.is_file() and path.suffix == ".gguf") else None
+            with self._lock(name).held(name, _REMOVE_WAIT_S):
+                nbytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+                (directory / MANIFEST_FILE).unlink(missing_ok=True)
+                sync_directory(directory)
+                shutil.rmtree(directory)
+        except OSError as error:
+            raise ShardError(f"cannot remove {directory}: {error.strerror or error}") from error
+        return nbytes
 
-    @contextmanager
-    def _lock(self, name: str, deadline_s: float) -> Iterator[None]:
-        """Hold the model's lock; while it is someone else's, say whose."""
-        directory = model_directory(self.root, name)
-        locks = self.root / _LOCKS
-        locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{directory.name}.lock")
-        owner = locks / f"{directory.name}.owner"
-        deadline = time.monotonic() + deadline_s
-        while True:
+    def has(self, name: str) -> bool:
+        """True if a model of that name is published."""
+        return self._is_published(name)
+
+    def manifest(self, name: str) -> Manifest:
+        """What is published under `name`; no shard is looked at.
+
+        Raises:
+            ModelNotFound: nothing is.
+        """
+        return self._published(name)
+
+    def build_directory(self, manifest: Manifest) -> Path:
+        """Where the files of `manifest` lie."""
+        return self._directory(manifest.name) / manifest.build
+
+    def _directory(self, name: str) -> Path:
+        return self.root / names.directory_name(name)
+
+    def _lock(self, name: str) -> ModelLock:
+        return ModelLock(self.root / ".locks", names.directory_name(name))
+
+    def _scan(self) -> Iterator[Manifest | ShardError]:
+        for directory in sorted(self.root.iterdir()) if self.root.is_dir() else ():
+            if directory.name.startswith(".") or not directory.is_dir():
+                continue
             try:
-                lock.acquire(timeout=min(_REMIND_S, max(0.0, deadline - time.monotonic())))
-                break
-            except Timeout:
-                who = owner.read_text() if owner.exists() else "another process"
-                if time.monotonic() >= deadline:
-                    raise ModelError(f"{name!r} is still being built by {who} after {deadline_s:.0f} s") from None
-                logger.info("waiting for %s, which is building %s", who, name)
-        try:
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            yield
-        finally:
-            owner.unlink(missing_ok=True)
-            lock.release()
+                manifest = read_manifest(directory)
+            except ShardError as error:
+                yield error
+            else:
+                if manifest is not None:
+                    yield manifest
 
-    def _names(self) -> str:
-        return ", ".join(manifest.name for manifest in self.list()) or "none"
+    def _published(self, name: str) -> Manifest:
+        manifest = read_manifest(self._directory(name))
+        if manifest is None or manifest.name != name:
+            raise self._not_found(name)
+        return manifest
+
+    def _is_published(self, name: str) -> bool:
+        return (self._directory(name) / MANIFEST_FILE).is_file()
+
+    def _not_found(self, name: str) -> ModelNotFound:
+        stored = ", ".join(manifest.name for manifest in self.list()) or "no model"
+        return ModelNotFound(f"{name} is not in the store {self.root}, which holds {stored}")
+
+    def _wanted(self, model: str | Path, source: Path | None, dtype: str | None) -> _Wanted:
+        if source is not None:
+            return _Wanted(names.check_model_name(str(model)), Path(source).expanduser(), dtype)
+        if isinstance(model, str) and names.is_model_name(model) and self._is_published(model):
+            return _Wanted(model, None, dtype)
+        path = Path(model).expanduser()
+        if isinstance(model, Path) or path.exists():
+            return _Wanted(names.name_from_path(path), path, dtype)
+        return _Wanted(names.check_model_name(model), None, dtype)
+
+    def _current(self, wanted: _Wanted, local: WeightSource | None) -> Manifest | None:
+        """What is published if it is what is wanted; None if it has to be built."""
+        if not self._is_published(wanted.name):
+            return None
+        manifest = self._published(wanted.name)
+        if wanted.dtype is not None and wanted.dtype not in (manifest.requested_dtype, manifest.dtype):
+            raise ModelError(
+                f"{wanted.name} is in the store as {manifest.dtype}, not as {wanted.dtype}; leave the dtype out, "
+                f"import it under another name, or remove it first: `lamella models remove {wanted.name}`"
+            )
+        if local is None or local.fingerprint == manifest.fingerprint:
+            return manifest
+        if manifest.source != str(local.path.resolve()):
+            raise ModelError(
+                f"{wanted.name} is in the store already, built from {manifest.source}, which is not what is in "
+                f"{local.path}; import it under another name, or remove it first: `lamella models remove {wanted.name}`"
+            )
+        logger.warning("%s has changed since %s was built from it: building again", local.path, wanted.name)
+        return None
+
+    def _build(
+        self, wanted: _Wanted, local: WeightSource | None, offline: bool, hub_token: str | None, progress: Progress
+    ) -> Manifest:
+        if local is not None:
+            kind = SourceKind.GGUF if isinstance(local, GgufCheckpoint) else SourceKind.DIRECTORY
+            request = BuildRequest(wanted.name, local, kind, str(local.path.resolve()), None, wanted.dtype)
+        else:
+            request = self._fetch(wanted, offline, hub_token, progress)
+        return shard_builder.build(request, self._directory(wanted.name), progress)
+
+    def _fetch(self, wanted: _Wanted, offline: bool, hub_token: str | None, progress: Progress) -> BuildRequest:
+        name = wanted.name
+        if wanted.origin is not None:
+            raise ModelNotFound(f"there is no checkpoint at {wanted.origin}, and the store holds none built from it")
+        if offline:
+            raise ModelNotFound(
+                f"{self._not_found(name)}, and the hub is not asked (offline). Bring it in with "
+                f"`lamella models pull {name}` or `lamella models import {name} PATH`."
+            )
+        repository, _ = names.split_revision(name)
+        pinned = hub.fetch_config(name, hub_token)
+        architecture.build(architecture.load_config(pinned.directory), torch.float32)
+        snapshot = hub.download(f"{repository}@{pinned.revision}", token=hub_token, progress=progress)
+        source = DirectoryCheckpoint.open(snapshot.directory)
+        return BuildRequest(name, source, SourceKind.HUB, f"hub:{repository}", snapshot.revision, wanted.dtype)
+
+    def _open(self, manifest: Manifest, progress: Progress) -> ShardedModel:
+        directory = self.build_directory(manifest)
+        check_files(manifest, directory, use_stamps=True, progress=progress)
+        root = read_shard_layout(directory / manifest.root.file, manifest.name)
+        layers = tuple(read_shard_layout(directory / record.file, manifest.name) for record in manifest.layers)
+        size_bytes = root.nbytes + sum(layer.nbytes for layer in layers)
+        return ShardedModel(manifest.name, directory, manifest.dtype, root, layers, size_bytes)
 
 
-def _looks_like_path(text: str) -> bool:
-    return text.startswith(("/", "./", "../", "~")) or text.endswith(".gguf")
+def open_source(origin: Path) -> WeightSource:
+    """Open a checkpoint directory or a ``.gguf`` file and check its headers.
 
-
-def _sharded(directory: Path, manifest: Manifest) -> ShardedModel:
-    return ShardedModel(
-        name=manifest.name,
-        directory=directory,
-        dtype=manifest.dtype,
-        root=manifest.root.shard(directory),
-        layers=tuple(record.shard(directory) for record in manifest.layers),
-        size_bytes=manifest.size_bytes,
-    )
+    Raises:
+        ModelNotFound: nothing is there.
+        CheckpointError: it is corrupt, incomplete or of another kind.
+    """
+    if origin.is_dir():
+        return DirectoryCheckpoint.open(origin)
+    if origin.suffix.lower() == ".gguf":
+        return GgufCheckpoint.open(origin)
+    if not origin.exists():
+        raise ModelNotFound(f"there is no checkpoint at {origin}")
+    raise CheckpointError(f"{origin} is neither a checkpoint directory nor a .gguf file")

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lamella_engine.errors import EngineError, ShardError
+from lamella_engine.errors import EngineError
 from lamella_engine.reader import STALL_S, FilledSlot, HostSlot, LayerReader
 from lamella_engine.shard import Shard
 
@@ -164,7 +164,7 @@ class CudaLayerSlots:
         try:
             while (slot := self._next_free()) is not None:
                 self._copy(self._reader.get(), slot)
-        except (EngineError, ShardError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - raised again by the sweep that waits
             self._ready.put_nowait(error)
 
     def _next_free(self) -> _DeviceSlot | None:

@@ -1,1 +1,13 @@
-"""Worker."""
+"""The worker: takes jobs from Celery, runs them on one engine, and tells the registry everything that happens.
+
+In the order a job flows through them:
+
+- `cli`, `config`, `log_setup`, `device`: from a command line to settings and a pinned device, before torch is loaded.
+- `process`: one worker put together and taken apart.
+- `app`, `transport`, `tasks`: Celery's settings, its broker connection, and the one task, which carries a job id.
+- `session`, `gate`, `sequence_request`, `engine_port`: claim, resume point, entry into the engine, way back.
+- `publisher`, `delivery`, `registry`: each sweep's tokens to Redis, under a fence, again until they are there.
+- `running_job`, `job_table`: what all of these know of a job.
+- `lease_keeper`, `lease`, `reconciler`: leases of jobs, leases of deliveries, and jobs that nobody works on.
+- `heartbeat`, `health`, `monitor`, `drain`: signs of life, those who look at them, and the end.
+"""

@@ -1,0 +1,93 @@
+# Lamella's commands. `make` alone lists them; nothing but a Python of at least 3.11 has to be there beforehand.
+#
+#   PYTHON=python3.12 make test     another Python for the virtual environment
+#   VENV=/tmp/venv make test        another place for it
+#   make demo PROMPT="..."          another question
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?=
+VENV ?= .venv
+BIN = $(VENV)/bin
+PROMPT ?= What is the capital of France?
+PYTEST_ARGS ?=
+# Taken as written: a `$` in the question is no variable.
+export LAMELLA_DEMO_PROMPT := $(value PROMPT)
+
+# The installed packages point at this checkout, so a copied checkout, or a changed dependency, installs again.
+CHECKOUT := $(shell pwd -P | cksum | cut -d' ' -f1)
+RUN_STAMP = $(VENV)/.lamella-run-$(CHECKOUT)
+DEV_STAMP = $(VENV)/.lamella-dev-$(CHECKOUT)
+
+.PHONY: help demo test lint types pytest wheel clean
+
+help:  ## list the commands
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(RUN_STAMP)  ## answer one question with a real model, through the real queue, on this machine
+	@$(BIN)/python -m tools.demo
+
+test: lint types pytest  ## everything a change has to pass: lint, types, all tests
+
+lint: $(DEV_STAMP)  ## style, format, import directions, ceilings
+	@echo "== ruff check"
+	@$(BIN)/python -m ruff check
+	@echo "== ruff format --check"
+	@$(BIN)/python -m ruff format --check
+	@echo "== lint-imports"
+	@$(BIN)/python -c 'import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())'
+	@echo "== ceilings"
+	@$(BIN)/python -m tools.ceilings
+
+types: $(DEV_STAMP)  ## mypy --strict
+	@echo "== mypy"
+	@$(BIN)/python -m mypy
+
+pytest: $(DEV_STAMP)  ## the test suite; PYTEST_ARGS="-k wire" narrows it
+	@echo "== pytest"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+wheel: $(DEV_STAMP)  ## build dist/*.whl and prove that it works alone
+	@echo "== wheel"
+	@$(BIN)/python -m tools.check_wheel
+
+clean:  ## remove what was built or fetched here: the environment, caches, demo data, fetched models
+	rm -rf $(VENV) dist .demo .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find client engine worker tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN_STAMP): pyproject.toml constraints.txt
+	@if [ ! -e $(DEV_STAMP) ] || [ pyproject.toml -nt $(DEV_STAMP) ] || [ constraints.txt -nt $(DEV_STAMP) ]; then \
+	  $(call install,worker$(comma)embedded); fi
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt
+	@$(call install,dev)
+	@touch $@ $(RUN_STAMP)
+
+comma := ,
+
+# Makes the environment if its pip does not work yet, then installs this checkout with the extras $(1), pinned. Only
+# the large downloads are named, so that a first run shows that it goes on.
+define install
+set -o pipefail; \
+if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+  python=""; \
+  for candidate in "$(PYTHON)" python3 python3.13 python3.12 python3.11; do \
+    if [ -n "$$candidate" ] && "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+      then python="$$candidate"; break; fi; \
+    if [ -n "$(PYTHON)" ]; then break; fi; \
+  done; \
+  if [ -z "$$python" ]; then \
+    echo "error: no Python >= 3.11 found$(if $(PYTHON), at $(PYTHON)); install one, or name it: make PYTHON=/path/to/python3" >&2; \
+    exit 1; fi; \
+  echo "making $(VENV) with $$("$$python" --version)"; \
+  "$$python" -m venv $(VENV) || { \
+    echo "error: could not make $(VENV); on Debian and Ubuntu the package python3-venv is needed" >&2; exit 1; }; \
+fi; \
+echo "installing lamella[$(1)] into $(VENV) (the first time this fetches some hundred MB)"; \
+$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[$(1)]' \
+  | awk '/Downloading .*[MG]B/ {print "  " $$2, $$3, $$4; fflush()}'
+endef

@@ -1,0 +1,113 @@
+"""The asyncio client; parallel to `client`, with the same names."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Unpack
+
+from lamella import operations
+from lamella.async_job import AsyncJob
+from lamella.completion import Completion
+from lamella.connection import AsyncConnection, check_seconds
+from lamella.keys import DEFAULT_PREFIX
+from lamella.messages import JobStatus, ModelInfo, WorkerInfo
+from lamella.registry_calls import CancelStatus
+from lamella.request_draft import SubmitOptions, draft_request
+from lamella.stream_clock import DEFAULT_HEAL_S, DEFAULT_WAIT_S
+from lamella.stream_order import StreamItem
+
+
+class AsyncClient:
+    """Speaks to one Lamella service; for use within one event loop; an async context manager.
+
+    `url` is redis://, rediss:// or unix://; None means LAMELLA_REDIS_URL, else a running `lamella up`, else
+    redis://127.0.0.1:6379/0. `timeout_s` bounds each call; `heal_s` is how long a stream looks for a lost server.
+
+    Raises:
+        ConfigError: the URL is not of a known form.
+        RequestError: a time span is not a number above 0.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        prefix: str = DEFAULT_PREFIX,
+        timeout_s: float = 10.0,
+        heal_s: float = DEFAULT_HEAL_S,
+    ) -> None:
+        self._heal_s = check_seconds("heal_s", heal_s)
+        self._connection = AsyncConnection(url, prefix, timeout_s)
+
+    async def __aenter__(self) -> AsyncClient:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the client."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; harmless when repeated. Jobs go on."""
+        await self._connection.close()
+
+    async def submit(self, prompt: str | None = None, **options: Unpack[SubmitOptions]) -> AsyncJob:
+        """Queue a generation job for a prompt (raw text) or ``messages=`` (a chat), and return its handle.
+
+        Options are those of `SubmitOptions`, among them every sampling key: ``submit("Hi", max_tokens=20)``.
+
+        Raises:
+            RequestError: an argument is unknown or unusable; NoWorkerError and IdempotencyConflict are of this kind.
+            ServerError: the server did not accept it; nothing was half-done.
+        """
+        draft = draft_request(prompt, options)
+        return self.job(await self._connection.run(operations.submit(self._connection.keys, draft)))
+
+    async def generate(
+        self, prompt: str | None = None, *, timeout_s: float = DEFAULT_WAIT_S, **options: Unpack[SubmitOptions]
+    ) -> Completion:
+        """Submit and wait for the whole text; arguments as in `submit`.
+
+        Raises:
+            JobFailed: the job failed.
+            WaitTimeout: it has not ended within `timeout_s`; it goes on.
+        """
+        check_seconds("timeout_s", timeout_s)
+        job = await self.submit(prompt, **options)
+        return await job.result(timeout_s)
+
+    async def stream(
+        self, prompt: str | None = None, *, timeout_s: float = DEFAULT_WAIT_S, **options: Unpack[SubmitOptions]
+    ) -> AsyncGenerator[StreamItem, None]:
+        """Submit at the first step, and yield ``(seq, event)`` as they come; arguments as in `submit`."""
+        check_seconds("timeout_s", timeout_s)
+        job = await self.submit(prompt, **options)
+        async for item in job.stream(timeout_s=timeout_s):
+            yield item
+
+    def job(self, job_id: str) -> AsyncJob:
+        """Return a handle on a job by its id; nothing is asked of the server."""
+        return AsyncJob(self._connection, job_id, self._heal_s)
+
+    async def status(self, job_id: str) -> JobStatus:
+        """Return where a job stands; raises JobNotFound."""
+        return await self.job(job_id).status()
+
+    async def cancel(self, job_id: str) -> CancelStatus:
+        """Cancel a job; raises JobNotFound."""
+        return await self.job(job_id).cancel()
+
+    async def models(self) -> list[ModelInfo]:
+        """Return the models that live workers serve now."""
+        return await self._connection.run(operations.models(self._connection.keys))
+
+    async def workers(self) -> list[WorkerInfo]:
+        """Return the live workers."""
+        return await self._connection.run(operations.workers(self._connection.keys))
+
+    async def jobs(self, limit: int = 20) -> list[JobStatus]:
+        """Return the newest jobs, newest first."""
+        return await self._connection.run(operations.jobs(self._connection.keys, limit))

@@ -1,0 +1,188 @@
+"""The commands about jobs and workers: submit, stream, status, cancel, jobs, workers."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lamella.cli import options
+from lamella.cli.follow import echo_figures, follow
+from lamella.cli.output import age, echo_columns, echo_json, figures, size
+from lamella.errors import RequestError
+from lamella.keys import JOBS_LISTED
+from lamella.messages import Done, Failed, JobStatus
+from lamella.registry_calls import CancelStatus
+from lamella.stream_clock import DEFAULT_WAIT_S
+
+JobId = Annotated[str, typer.Argument(help="The job's id, as `lamella submit` prints it.")]
+
+
+def submit(  # noqa: PLR0913  one argument for each option
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads it from stdin.")] = None,
+    model: options.Model = None,
+    chat: Annotated[bool, typer.Option("--chat/--raw", help="A chat message, or raw text for the model.")] = True,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option("--idempotency-key", help="Repeating a submit with its key returns the same job.")
+    ] = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="Queue the job even if no worker serves the model yet.")
+    ] = False,
+    as_json: options.AsJson = False,
+    redis_url: options.RedisUrl = None,
+    prefix: options.Prefix = options.DEFAULT,
+) -> None:
+    """Queue a job and print its id; `lamella stream ID` follows it."""
+    text = read_prompt(prompt)
+    request = options.sampling_options(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=stop,
+    )
+    request["model"] = model
+    request["idempotency_key"] = idempotency_key
+    request["require_worker"] = not queue
+    if chat:
+        request["messages"] = [{"role": "user", "content": text}]
+    with options.open_client(redis_url, prefix) as client:
+        job = client.submit(None if chat else text, **request)
+    if as_json:
+        echo_json({"job_id": job.id})
+    else:
+        typer.echo(job.id)
+
+
+def stream(
+    job_id: JobId,
+    after: Annotated[int, typer.Option("--after", help="Number of the last event already seen.")] = 0,
+    timeout_s: options.TimeoutS = DEFAULT_WAIT_S,
+    stats: options.WithStats = False,
+    redis_url: options.RedisUrl = None,
+    prefix: options.Prefix = options.DEFAULT,
+) -> None:
+    """Follow a job's text, from its beginning or from an event on; Ctrl-C stops following, not the job."""
+    with options.open_client(redis_url, prefix) as client:
+        job = client.job(job_id)
+        _, done = follow(job, after=after, timeout_s=timeout_s, cancel_on_interrupt=False)
+        if stats and done is not None:
+            echo_figures(client, job, done)
+
+
+def status(
+    job_id: JobId,
+    as_json: options.AsJson = False,
+    redis_url: options.RedisUrl = None,
+    prefix: options.Prefix = options.DEFAULT,
+) -> None:
+    """Print where a job stands."""
+    with options.open_client(redis_url, prefix) as client:
+        found = client.status(job_id)
+    if as_json:
+        echo_json(found)
+        return
+    for name, value in _status_lines(found):
+        typer.echo(f"{name:<10} {value}")
+
+
+def cancel(job_id: JobId, redis_url: options.RedisUrl = None, prefix: options.Prefix = options.DEFAULT) -> None:
+    """Cancel a job: at once if it waits, at its next sweep if it runs."""
+    with options.open_client(redis_url, prefix) as client:
+        outcome = client.cancel(job_id)
+    match outcome:
+        case CancelStatus.REQUESTED:
+            typer.echo("requested; the worker cancels it at its next sweep")
+        case CancelStatus.DONE | CancelStatus.FAILED:
+            typer.echo(f"nothing to cancel: the job is already {outcome.value}")
+        case _:
+            typer.echo("cancelled")
+
+
+def jobs(
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=JOBS_LISTED, help="How many to list.")] = 20,
+    as_json: options.AsJson = False,
+    redis_url: options.RedisUrl = None,
+    prefix: options.Prefix = options.DEFAULT,
+) -> None:
+    """List the newest jobs, newest first."""
+    with options.open_client(redis_url, prefix) as client:
+        found = client.jobs(limit)
+    if as_json:
+        echo_json(found)
+        return
+    rows = [(job.job_id, job.state.value, job.model, str(job.events), age(job.created_at)) for job in found]
+    echo_columns(("JOB", "STATE", "MODEL", "EVENTS", "AGE"), rows)
+
+
+def workers(
+    as_json: options.AsJson = False, redis_url: options.RedisUrl = None, prefix: options.Prefix = options.DEFAULT
+) -> None:
+    """List the live workers."""
+    with options.open_client(redis_url, prefix) as client:
+        found = client.workers()
+    if as_json:
+        echo_json(found)
+        return
+    rows = [
+        (
+            worker.name,
+            worker.model.name,
+            worker.device,
+            "draining" if worker.draining else f"{worker.running}/{worker.slots}",
+            str(worker.sweeps),
+            str(worker.tokens),
+            size(worker.peak_rss_bytes),
+            age(worker.started_at),
+        )
+        for worker in found
+    ]
+    echo_columns(("WORKER", "MODEL", "DEVICE", "RUNNING", "SWEEPS", "TOKENS", "PEAK MEMORY", "UP"), rows)
+
+
+def read_prompt(prompt: str | None) -> str:
+    """Return the prompt given, or the whole of stdin for '-' or nothing.
+
+    Raises:
+        RequestError: stdin is a terminal, or not text.
+    """
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise RequestError("there is no prompt; give it as an argument, or through a pipe")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not text ({error.reason} at byte {error.start}); pass UTF-8") from error
+
+
+def _status_lines(job: JobStatus) -> list[tuple[str, str]]:
+    lines = [
+        ("job", job.job_id),
+        ("state", job.state.value),
+        ("model", job.model),
+        ("created", f"{age(job.created_at)} ago"),
+    ]
+    if job.worker is not None:
+        lines.append(("worker", job.worker))
+    lines += [("attempts", str(job.attempts)), ("events", str(job.events))]
+    if job.cancel_requested and not job.state.is_final:
+        lines.append(("cancel", "requested"))
+    match job.outcome:
+        case Done(usage=usage):
+            lines.append(("figures", figures(usage, None)))
+        case Failed(code=code, message=message):
+            lines.append(("error", f"{code}: {message}"))
+        case _:
+            pass
+    return lines

@@ -1,0 +1,48 @@
+"""Commands that other packages bring, found by the entry-point group ``lamella.commands``.
+
+Each is loaded only when it is called, so that a command that needs torch costs the others nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+
+import typer
+
+GROUP = "lamella.commands"
+_HELP = {
+    "worker": "Run a worker: serve one model from one device.",
+    "models": "List, inspect, verify and remove models in the store.",
+}
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add a command for every entry point of the group."""
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        app.command(
+            point.name,
+            help=_HELP.get(point.name, f"Command of {point.value.partition('.')[0]}."),
+            context_settings={
+                "allow_extra_args": True,
+                "ignore_unknown_options": True,
+                "allow_interspersed_args": False,
+                "help_option_names": [],
+            },
+        )(_forwarder(point))
+
+
+def _forwarder(point: EntryPoint) -> Callable[[typer.Context], None]:
+    def forward(context: typer.Context) -> None:
+        try:
+            command = point.load()
+        except ImportError as error:
+            typer.echo(
+                f"error: `lamella {point.name}` needs packages that are not installed ({error}); "
+                'run `pip install "lamella[worker]"`',
+                err=True,
+            )
+            raise typer.Exit(1) from error
+        command(args=list(context.args), prog_name=f"lamella {point.name}")
+
+    return forward

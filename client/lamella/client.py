@@ -1,0 +1,114 @@
+"""The synchronous client: submit jobs, follow them, look at models and workers.
+
+Owns the public calls; what they exchange with the server is in `operations`, how in `connection`. Parallel to
+`async_client`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from types import TracebackType
+from typing import Unpack
+
+from lamella import operations
+from lamella.completion import Completion
+from lamella.connection import Connection, check_seconds
+from lamella.job import Job
+from lamella.keys import DEFAULT_PREFIX
+from lamella.messages import JobStatus, ModelInfo, WorkerInfo
+from lamella.registry_calls import CancelStatus
+from lamella.request_draft import SubmitOptions, draft_request
+from lamella.stream_clock import DEFAULT_HEAL_S, DEFAULT_WAIT_S
+from lamella.stream_order import StreamItem
+
+
+class Client:
+    """Speaks to one Lamella service; safe to share between threads; a context manager.
+
+    `url` is redis://, rediss:// or unix://; None means LAMELLA_REDIS_URL, else a running `lamella up`, else
+    redis://127.0.0.1:6379/0. `timeout_s` bounds each call; `heal_s` is how long a stream looks for a lost server.
+
+    Raises:
+        ConfigError: the URL is not of a known form.
+        RequestError: a time span is not a number above 0.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        prefix: str = DEFAULT_PREFIX,
+        timeout_s: float = 10.0,
+        heal_s: float = DEFAULT_HEAL_S,
+    ) -> None:
+        self._heal_s = check_seconds("heal_s", heal_s)
+        self._connection = Connection(url, prefix, timeout_s)
+
+    def __enter__(self) -> Client:
+        """Return the client."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the client."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; harmless when repeated. Jobs go on."""
+        self._connection.close()
+
+    def submit(self, prompt: str | None = None, **options: Unpack[SubmitOptions]) -> Job:
+        """Queue a generation job for a prompt (raw text) or ``messages=`` (a chat), and return its handle.
+
+        Options are those of `SubmitOptions`, among them every sampling key: ``submit("Hi", max_tokens=20)``.
+
+        Raises:
+            RequestError: an argument is unknown or unusable; NoWorkerError and IdempotencyConflict are of this kind.
+            ServerError: the server did not accept it; nothing was half-done.
+        """
+        draft = draft_request(prompt, options)
+        return self.job(self._connection.run(operations.submit(self._connection.keys, draft)))
+
+    def generate(
+        self, prompt: str | None = None, *, timeout_s: float = DEFAULT_WAIT_S, **options: Unpack[SubmitOptions]
+    ) -> Completion:
+        """Submit and wait for the whole text; arguments as in `submit`.
+
+        Raises:
+            JobFailed: the job failed.
+            WaitTimeout: it has not ended within `timeout_s`; it goes on.
+        """
+        check_seconds("timeout_s", timeout_s)
+        return self.submit(prompt, **options).result(timeout_s)
+
+    def stream(
+        self, prompt: str | None = None, *, timeout_s: float = DEFAULT_WAIT_S, **options: Unpack[SubmitOptions]
+    ) -> Generator[StreamItem, None, None]:
+        """Submit now, and yield ``(seq, event)`` as they come; arguments as in `submit`."""
+        check_seconds("timeout_s", timeout_s)
+        return self.submit(prompt, **options).stream(timeout_s=timeout_s)
+
+    def job(self, job_id: str) -> Job:
+        """Return a handle on a job by its id; nothing is asked of the server."""
+        return Job(self._connection, job_id, self._heal_s)
+
+    def status(self, job_id: str) -> JobStatus:
+        """Return where a job stands; raises JobNotFound."""
+        return self.job(job_id).status()
+
+    def cancel(self, job_id: str) -> CancelStatus:
+        """Cancel a job; raises JobNotFound."""
+        return self.job(job_id).cancel()
+
+    def models(self) -> list[ModelInfo]:
+        """Return the models that live workers serve now."""
+        return self._connection.run(operations.models(self._connection.keys))
+
+    def workers(self) -> list[WorkerInfo]:
+        """Return the live workers."""
+        return self._connection.run(operations.workers(self._connection.keys))
+
+    def jobs(self, limit: int = 20) -> list[JobStatus]:
+        """Return the newest jobs, newest first."""
+        return self._connection.run(operations.jobs(self._connection.keys, limit))

@@ -1,0 +1,167 @@
+"""What the clients do with the registry, each exchange once: submit, status, cancel, and the listings.
+
+Owns the order of steps and the meaning of their answers; does no I/O (see `steps`). Neighbours: `registry_calls` and
+`records` below, `client` and `async_client` above.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from lamella.celery_message import celery_message
+from lamella.errors import DecodeError, IdempotencyConflict, JobNotFound, NoWorkerError, QueueFull, RequestError
+from lamella.keys import JOBS_LISTED, Keys
+from lamella.messages import GenerateRequest, JobStatus, ModelInfo, WorkerInfo
+from lamella.records import STATUS_FIELDS, decode_status, decode_workers, log
+from lamella.registry_calls import CancelStatus, Idempotency, SubmitStatus, cancel_call, submit_call
+from lamella.request_draft import RequestDraft
+from lamella.steps import Operation, answers, commands
+
+MAX_WORKERS_LISTED = 1000
+
+
+def submit(keys: Keys, draft: RequestDraft) -> Operation[str]:
+    """Accept a job and return its id; an idempotency key seen before returns the job it belongs to.
+
+    Raises:
+        NoWorkerError: the draft requires a live worker for its model and there is none.
+        RequestError: no model is named and not exactly one is served.
+        IdempotencyConflict: the key belongs to another request.
+        QueueFull: the model's queue is at its bound.
+    """
+    idempotency = None
+    if draft.idempotency_key is not None:
+        idempotency = Idempotency(draft.idempotency_key, draft.request_hash())
+        prior = yield commands(("HMGET", keys.idempotency(idempotency.key), "job", "hash"))
+        if job_id := _prior_job(answers(prior)[0], idempotency):
+            return job_id
+    model = yield from _choose_model(keys, draft)
+    return (yield from _send(keys, draft.request(model), idempotency))
+
+
+def _send(keys: Keys, request: GenerateRequest, idempotency: Idempotency | None) -> Operation[str]:
+    job_id = uuid.uuid4().hex
+    call = submit_call(keys, job_id, request, celery_message(job_id, request.model), idempotency)
+    reply = call.decode((yield call))
+    match reply.status:
+        case SubmitStatus.CREATED | SubmitStatus.EXISTS | SubmitStatus.DUPLICATE:
+            return reply.job_id
+        case SubmitStatus.CONFLICT:
+            raise _conflict(idempotency.key if idempotency else "", reply.job_id)
+        case SubmitStatus.FULL:
+            raise QueueFull(
+                f"the queue of {request.model!r} holds {reply.queued} jobs, its bound; nothing was stored. "
+                "Try again later, or start more workers for the model."
+            )
+
+
+def _prior_job(answer: object, idempotency: Idempotency) -> str | None:
+    job_id, request_hash = answers(answer)
+    if job_id is None:
+        return None
+    if request_hash != idempotency.request_hash:
+        raise _conflict(idempotency.key, str(job_id))
+    return str(job_id)
+
+
+def _conflict(key: str, job_id: str) -> IdempotencyConflict:
+    return IdempotencyConflict(
+        f"idempotency key {key!r} belongs to job {job_id}, which is another request; "
+        "use a new key for a new request, or repeat the request unchanged"
+    )
+
+
+def _choose_model(keys: Keys, draft: RequestDraft) -> Operation[str]:
+    if draft.model is not None and not draft.require_worker:
+        return draft.model
+    served = tuple(model.name for model in (yield from models(keys)))
+    if draft.model is None:
+        if len(served) == 1:
+            return served[0]
+        if not served:
+            raise RequestError(
+                "no model is named and no live worker serves one; start a worker with `lamella worker --model NAME`, "
+                "or name the model and submit with require_worker=False to queue the job"
+            )
+        raise RequestError(f"no model is named and several are served; name one of them: {', '.join(served)}")
+    if draft.model not in served:
+        raise NoWorkerError(draft.model, served)
+    return draft.model
+
+
+def status(keys: Keys, job_id: str) -> Operation[JobStatus]:
+    """Return a job's status.
+
+    Raises:
+        JobNotFound: there is no record of it.
+    """
+    raw = yield commands(("HMGET", keys.job(check_job_id(job_id)), *STATUS_FIELDS))
+    found = decode_status(job_id, answers(answers(raw)[0]))
+    if found is None:
+        raise JobNotFound(job_id)
+    return found
+
+
+def cancel(keys: Keys, job_id: str) -> Operation[CancelStatus]:
+    """Cancel a job: at once if it waits, at its next sweep boundary if it runs; a job that has ended stays as it is.
+
+    Raises:
+        JobNotFound: there is no record of it.
+    """
+    call = cancel_call(keys, check_job_id(job_id))
+    outcome = call.decode((yield call))
+    if outcome is CancelStatus.MISSING:
+        raise JobNotFound(job_id)
+    return outcome
+
+
+def jobs(keys: Keys, limit: int) -> Operation[list[JobStatus]]:
+    """Return the newest jobs, newest first; those whose record expired or is of another version are left out."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= JOBS_LISTED:
+        raise RequestError(f"limit is {limit!r}; use a whole number from 1 to {JOBS_LISTED}")
+    raw = yield commands(("ZREVRANGE", keys.jobs, 0, limit - 1))
+    ids = [str(job_id) for job_id in answers(answers(raw)[0])]
+    if not ids:
+        return []
+    records = yield commands(*(("HMGET", keys.job(job_id), *STATUS_FIELDS) for job_id in ids))
+    found = []
+    for job_id, values in zip(ids, answers(records), strict=True):
+        try:
+            job = decode_status(job_id, answers(values))
+        except DecodeError as error:
+            log.warning("left out of the listing: %s", error)
+            continue
+        if job is not None:
+            found.append(job)
+    return found
+
+
+def workers(keys: Keys) -> Operation[list[WorkerInfo]]:
+    """Return the workers whose heartbeat is alive, sorted by name."""
+    raw = yield commands(("ZREVRANGE", keys.workers, 0, MAX_WORKERS_LISTED - 1))
+    names = sorted(str(name) for name in answers(answers(raw)[0]))
+    if not names:
+        return []
+    heartbeats = yield commands(("MGET", *(keys.worker(name) for name in names)))
+    return decode_workers(answers(answers(heartbeats)[0]))
+
+
+def models(keys: Keys) -> Operation[list[ModelInfo]]:
+    """Return the models served by live workers that still take jobs, sorted by name."""
+    live = yield from workers(keys)
+    served = {worker.model.name: worker.model for worker in live if not worker.draining}
+    return [served[name] for name in sorted(served)]
+
+
+def check_job_id(job_id: object) -> str:
+    """Return `job_id` if it can be one.
+
+    Raises:
+        RequestError: it is not text.
+        JobNotFound: it is text of a form that no job id has.
+    """
+    if not isinstance(job_id, str):
+        raise RequestError(f"a job id is text (str), not {type(job_id).__name__}; use Job.id of a submitted job")
+    if not 1 <= len(job_id) <= 200 or not job_id.isprintable():
+        raise JobNotFound(job_id[:60])
+    return job_id

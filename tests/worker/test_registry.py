@@ -1,0 +1,106 @@
+"""The worker's connection to the registry: scripts that Redis forgot, answers that never came, streams read back."""
+
+from __future__ import annotations
+
+import fakeredis
+import pytest
+import redis
+
+from lamella.keys import Keys
+from lamella.messages import TokenEvent
+from lamella.registry_calls import ClaimStatus, NudgeStatus, claim_call, emit_call, nudge_call
+from lamella_worker import registry as registry_module
+from lamella_worker.registry import Registry, RegistryAway, RegistryBroken, StreamLost
+from tests.worker.conftest import Jobs
+
+
+def claim(registry: Registry, job_id: str, worker: str = "w1"):  # type: ignore[no-untyped-def]  # a test's shorthand
+    return registry.call(claim_call(registry.keys, job_id, worker, 5000, 3))
+
+
+def store(registry: Registry, job_id: str, fence: int, first_seq: int, *token_ids: int) -> None:
+    events = [TokenEvent(token_ids=(token_id,), text="x") for token_id in token_ids]
+    registry.call(emit_call(registry.keys, job_id, fence, first_seq, 5000, events))
+
+
+def test_scripts_that_redis_forgot_are_loaded_again(registry: Registry, jobs: Jobs, fake_redis: redis.Redis) -> None:
+    jobs.submit("a")
+    jobs.submit("b")
+    claim(registry, "a")
+    fake_redis.script_flush()
+
+    reply = claim(registry, "b")
+
+    assert reply.status is ClaimStatus.OK
+
+
+def test_calls_in_one_round_trip_answer_each_for_itself(registry: Registry, jobs: Jobs) -> None:
+    jobs.submit("a")
+
+    answers = registry.call_many([nudge_call(registry.keys, job, "tiny", 1000) for job in ("a", "none")])
+
+    assert answers == [NudgeStatus.WAITING, NudgeStatus.GONE]
+
+
+def test_a_server_that_is_away_is_told_from_a_refusal(
+    registry: Registry, jobs: Jobs, fake_server: fakeredis.FakeServer, fake_redis: redis.Redis
+) -> None:
+    jobs.submit("a")
+    fake_redis.set(registry.keys.job("wrong"), "not a hash")
+
+    fake_server.connected = False
+    with pytest.raises(RegistryAway):
+        claim(registry, "a")
+    fake_server.connected = True
+    with pytest.raises(RegistryBroken, match="WRONGTYPE"):
+        claim(registry, "wrong")
+
+    assert claim(registry, "a").status is ClaimStatus.OK
+
+
+def test_a_claim_whose_answer_was_lost_is_found_again_by_its_worker_only(registry: Registry, jobs: Jobs) -> None:
+    jobs.submit("a")
+    made = claim(registry, "a", "w1")
+
+    assert registry.recover_claim("a", "w1") == made
+    assert registry.recover_claim("a", "w2") is None
+    assert registry.recover_claim("none", "w1") is None
+
+
+def test_stored_tokens_are_read_back_in_order_across_pages(
+    registry: Registry, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_module, "PAGE", 3)
+    jobs.submit("a")
+    fence = claim(registry, "a").fence
+    store(registry, "a", fence, 1, *range(10, 17))
+
+    assert registry.stored_token_ids("a", 7) == tuple(range(10, 17))
+    assert registry.stored_token_ids("a", 0) == ()
+
+
+def test_a_stream_with_a_hole_is_not_resumed(registry: Registry, jobs: Jobs, fake_redis: redis.Redis) -> None:
+    jobs.submit("a")
+    fence = claim(registry, "a").fence
+    store(registry, "a", fence, 1, 1, 2, 3)
+    fake_redis.xdel(registry.keys.stream("a"), "2-0")
+
+    with pytest.raises(StreamLost, match="event 2"):
+        registry.stored_token_ids("a", 3)
+
+
+def test_a_stream_that_vanished_is_not_resumed(registry: Registry, jobs: Jobs, fake_redis: redis.Redis) -> None:
+    jobs.submit("a")
+    fence = claim(registry, "a").fence
+    store(registry, "a", fence, 1, 1, 2)
+    fake_redis.delete(registry.keys.stream("a"))
+
+    with pytest.raises(StreamLost, match="events 1 to 2"):
+        registry.stored_token_ids("a", 2)
+
+
+def test_an_unreadable_event_is_not_resumed(registry: Registry, fake_redis: redis.Redis, keys: Keys) -> None:
+    fake_redis.xadd(keys.stream("a"), {"e": '{"type": "token of the future"}'}, id="1-0")
+
+    with pytest.raises(StreamLost, match="event 1 is unreadable"):
+        registry.stored_token_ids("a", 1)

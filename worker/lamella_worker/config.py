@@ -1,0 +1,289 @@
+"""The worker's settings: one frozen value, read once when the process starts.
+
+Owns the tables ``[redis]``, ``[worker]`` and ``[engine]``, their defaults, and what makes a value unusable. A setting
+comes from the command line, else the environment (``LAMELLA_REDIS_URL``, ``LAMELLA_STORE``), else the file, else its
+default. Opens no connection and loads no engine; `cli` reads it and hands it to everything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from lamella.errors import ConfigError
+from lamella.keys import DEFAULT_PREFIX
+from lamella.messages import check_model_name
+
+DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
+DEFAULT_STORE = "~/.cache/lamella/shards"
+
+FLAGS = {
+    "redis.url": "--redis-url",
+    "redis.prefix": "--prefix",
+    "worker.model": "--model",
+    "worker.device": "--device",
+    "worker.name": "--name",
+    "worker.lease_s": "--lease-s",
+    "worker.drain_s": "--drain-s",
+    "engine.store": "--store",
+    "engine.dtype": "--dtype",
+    "engine.max_sequences": "--slots",
+    "engine.offline": "--offline",
+}
+ENVIRONMENT = {"redis.url": "LAMELLA_REDIS_URL", "engine.store": "LAMELLA_STORE"}
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", re.ASCII)
+_DEVICE = re.compile(r"auto|cpu|cuda:\d{1,3}", re.ASCII)
+_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
+
+
+def _as_path(value: object) -> object:
+    if not isinstance(value, str | Path):
+        return value
+    if not str(value).strip():
+        raise ValueError("the path is empty")
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"'~' cannot be expanded: {error}") from error
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RedisTable(_Table):
+    """Where the queue, the job records and the streams live."""
+
+    url: str = Field(
+        default=DEFAULT_REDIS_URL,
+        description="redis://HOST:PORT/DB, rediss://... for TLS, or unix:///path/to/socket?db=0",
+    )
+    prefix: str = Field(
+        default=DEFAULT_PREFIX,
+        description="what every key starts with, the same for all clients and workers: letters, digits and _ . : -",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _usable_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("redis", "rediss", "unix"):
+            raise ValueError(f"its scheme is {parts.scheme!r}, not redis, rediss or unix")
+        if parts.scheme == "unix" and (parts.hostname or not parts.path.startswith("/") or parts.path == "/"):
+            raise ValueError("it names no socket; a socket's path is absolute, so three slashes follow unix:")
+        if parts.scheme != "unix":
+            try:
+                port, database = parts.port, parts.path.strip("/")
+            except ValueError as error:
+                raise ValueError(f"its port is unusable: {error}") from error
+            if not parts.hostname or port == 0:
+                raise ValueError("it names no host and port")
+            if database and not database.isdigit():
+                raise ValueError("its path is not the number of a database")
+        return value
+
+    @field_validator("prefix")
+    @classmethod
+    def _usable_prefix(cls, value: str) -> str:
+        if not _PREFIX.fullmatch(value):
+            raise ValueError("it must be 1 to 64 letters, digits or any of _ . : -")
+        return value
+
+
+class WorkerTable(_Table):
+    """What this worker serves and how it holds its jobs."""
+
+    model: str = Field(description="the model this worker serves: name, owner/name or owner/name@revision")
+    device: str = Field(default="auto", description="cpu, cuda:N (N counts from 0), or auto")
+    name: str | None = Field(
+        default=None, description="a name no other worker has: letters, digits and _ . -; default host-device-pid"
+    )
+    lease_s: float = Field(default=10.0, ge=0.5, le=3600.0, description="seconds a job stays ours between two signs")
+    drain_s: float = Field(default=20.0, ge=1.0, le=3600.0, description="seconds a stop by SIGTERM takes at most")
+    max_attempts: int = Field(default=3, ge=1, le=100, description="claims of a job before it fails")
+
+    @field_validator("model")
+    @classmethod
+    def _model_name(cls, value: str) -> str:
+        return check_model_name(value)
+
+    @field_validator("device")
+    @classmethod
+    def _usable_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError("it is neither cpu, cuda:N nor auto")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, value: str | None) -> str | None:
+        if value is not None and not _NAME.fullmatch(value):
+            raise ValueError("it must start with a letter or digit, and be at most 100 letters, digits or any of _ . -")
+        return value
+
+
+class EngineTable(_Table):
+    """The engine's dials; `max_sequences` is also the number of jobs taken at once."""
+
+    store: Annotated[Path, BeforeValidator(_as_path)] = Field(
+        default=Path(DEFAULT_STORE), validate_default=True, description="directory of the shard cache; ~ is expanded"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="compute type: float32, bfloat16 or float16; left out, the type stored"
+    )
+    max_sequences: int = Field(default=8, ge=1, le=4096, description="jobs that share a sweep at most (the slots)")
+    sweep_tokens: int = Field(default=512, ge=16, le=65536, description="tokens a sweep carries at most")
+    kv_tokens: int | None = Field(
+        default=None, ge=16, description="tokens of key-value cache for all jobs together; left out, derived"
+    )
+    ring_slots: int = Field(default=3, ge=2, le=64, description="host buffers the reader fills ahead of the sweep")
+    offline: bool = Field(default=False, description="true never asks the hub")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> EngineTable:
+        if self.sweep_tokens < self.max_sequences:
+            raise ValueError(
+                f"sweep_tokens ({self.sweep_tokens}) is below max_sequences ({self.max_sequences}), so not every job "
+                f"could get a token in a sweep; raise sweep_tokens to at least {self.max_sequences} or lower "
+                "max_sequences"
+            )
+        if self.kv_tokens is not None and self.kv_tokens < 2 * self.max_sequences:
+            raise ValueError(
+                f"kv_tokens ({self.kv_tokens}) leaves less than 2 tokens to each of max_sequences "
+                f"({self.max_sequences}); raise kv_tokens or lower max_sequences"
+            )
+        return self
+
+
+class WorkerConfig(_Table):
+    """Everything a worker process is told."""
+
+    redis: RedisTable = RedisTable()
+    worker: WorkerTable
+    engine: EngineTable = EngineTable()
+
+    @property
+    def slots(self) -> int:
+        """Jobs this worker runs at once: Celery's concurrency and the engine's sequences are one number."""
+        return self.engine.max_sequences
+
+
+def load_config(
+    path: Path | None,
+    flags: Mapping[str, object],
+    environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, object] | None = None,
+) -> WorkerConfig:
+    """Read the settings: `flags` (dotted key to value, None where not given), environment, file, `defaults`.
+
+    Raises:
+        ConfigError: a key is unknown, a value cannot work, or values cannot work together; the message names the
+            place, the dotted key, why, and the fix, one line for each.
+    """
+    tables: dict[str, object] = {}
+    for key, value in (defaults or {}).items():
+        _override(tables, key, value, path)
+    _merge(tables, _read_file(path) if path is not None else {})
+    origins: dict[str, str] = {}
+    env = os.environ if environ is None else environ
+    for key, variable in ENVIRONMENT.items():
+        if env.get(variable):
+            _override(tables, key, env[variable], path)
+            origins[key] = f"environment variable {variable}"
+    for key, value in flags.items():
+        if value is not None:
+            _override(tables, key, value, path)
+            origins[key] = f"option {FLAGS.get(key, key)}"
+    try:
+        return WorkerConfig.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail, path, origins) for detail in error.errors())) from error
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: there is no such file; give --config the path of a TOML file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give --config a readable TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}; correct that place") from error
+
+
+def _merge(tables: dict[str, object], file: dict[str, object]) -> None:
+    for table, section in file.items():
+        below = tables.get(table)
+        tables[table] = {**below, **section} if isinstance(below, dict) and isinstance(section, dict) else section
+
+
+def _override(tables: dict[str, object], dotted: str, value: object, path: Path | None) -> None:
+    table, key = dotted.split(".")
+    section = tables.setdefault(table, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: {table} is a value, but must be a table; write [{table}] on a line of its own")
+    section[key] = value
+
+
+def known_keys() -> dict[str, str]:
+    """Every setting as dotted key, with what it is."""
+    tables: tuple[tuple[str, type[_Table]], ...] = (
+        ("redis", RedisTable),
+        ("worker", WorkerTable),
+        ("engine", EngineTable),
+    )
+    return {f"{table}.{key}": field.description or "" for table, t in tables for key, field in t.model_fields.items()}
+
+
+def _explain(detail: ErrorDetails, path: Path | None, origins: Mapping[str, str]) -> str:
+    dotted = ".".join(str(part) for part in detail["loc"])
+    default_place = str(path) if path is not None else "settings"
+    place = origins.get(dotted, default_place)
+    if detail["type"] == "extra_forbidden":
+        return f"{place}: {dotted} is not a setting; {_nearest(dotted)}"
+    if dotted in ("worker", "worker.model") and detail["type"] == "missing":
+        return f'{place}: worker.model is not set; give --model NAME, or write model = "NAME" under [worker]'
+    why = detail["msg"].removeprefix("Value error, ")
+    why = why[:1].lower() + why[1:] if why.startswith("Input") else why
+    meaning = known_keys().get(dotted)
+    if meaning is None:  # a whole table: its values do not fit together, or it is no table
+        found = sorted({where for key, where in origins.items() if key.startswith(f"{dotted}.")})
+        if detail["type"] == "model_type":
+            return f"{place}: {dotted} is a value, but must be a table; write [{dotted}] on a line of its own"
+        return f"{', '.join([default_place, *found])}: [{dotted}] cannot work: {why}"
+    shown = "" if dotted == "redis.url" else f" = {_show(detail['input'])}"
+    return f"{place}: {dotted}{shown} cannot be used: {why}. It is: {meaning}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _nearest(dotted: str) -> str:
+    known = known_keys()
+    table, _, leaf = dotted.partition(".")
+    if leaf and (same := [key for key in known if key.endswith(f".{leaf}")]):
+        return f"{leaf} belongs to the table [{same[0].split('.')[0]}]: write it there"
+    if not leaf:
+        if same := [key for key in known if key.endswith(f".{table}")]:
+            return f"{table} belongs to the table [{same[0].split('.')[0]}]: write it there"
+        near = difflib.get_close_matches(table, ("redis", "worker", "engine"), n=1, cutoff=0.5)
+        return f"did you mean [{near[0]}]?" if near else "the tables are [redis], [worker] and [engine]"
+    mine = [key for key in known if key.startswith(f"{table}.")]
+    for keys in (mine, list(known)):
+        leaves = {key.split(".")[1]: key for key in keys}
+        if near := difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6):
+            return f"did you mean {leaves[near[0]]}?"
+    return f"known here: {', '.join(mine or known)}"

@@ -1,0 +1,149 @@
+"""Tells everybody that this worker lives, and how it fares.
+
+Owns the worker's WorkerInfo in Redis: written every HEARTBEAT_S with a time to live, removed at exit. Clients list it,
+the health check and the reconciler read it. Nothing else hangs on it: a job's fate hangs on its lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import redis
+from redis.exceptions import RedisError
+
+from lamella.keys import HEARTBEAT_S, WORKER_TTL_S, Keys
+from lamella.messages import ModelInfo, WorkerInfo
+from lamella_engine.sequence_types import EngineCounters, EngineFacts
+from lamella_worker.job_table import JobTable
+
+log = logging.getLogger(__name__)
+
+
+class WorkerFacts:
+    """Makes WorkerInfo from the engine's figures and the jobs at hand.
+
+    Args:
+        name: the worker's name.
+        model: the name it serves the model under.
+        device: what it runs on, in words.
+        facts: the open engine.
+        counters: asks the engine for its totals.
+        table: the running jobs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        device: str,
+        facts: EngineFacts,
+        counters: Callable[[], EngineCounters],
+        table: JobTable,
+    ) -> None:
+        self.name = name
+        self._device = device
+        self._slots = facts.max_sequences
+        self._counters = counters
+        self._table = table
+        self._started_at = time.time()
+        self._model = ModelInfo(
+            name=model,
+            family=facts.family,
+            dtype=facts.dtype,
+            num_layers=facts.num_layers,
+            context_length=facts.context_length,
+            size_bytes=facts.size_bytes,
+        )
+
+    def info(self, *, is_draining: bool) -> WorkerInfo:
+        """Return how the worker stands now.
+
+        `last_sweep_at` counts from when the worker last became busy, so that a worker whose first sweep after a
+        quiet hour is under way does not look stuck.
+        """
+        counters = self._counters()
+        busy_since = self._table.busy_since
+        last_sweep_at = counters.last_sweep_at
+        if busy_since is not None:
+            last_sweep_at = max(busy_since, last_sweep_at or 0.0)
+        return WorkerInfo(
+            name=self.name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=version("lamella"),
+            device=self._device,
+            model=self._model,
+            slots=self._slots,
+            running=len(self._table.jobs()),
+            draining=is_draining,
+            started_at=self._started_at,
+            heartbeat_at=time.time(),
+            last_sweep_at=last_sweep_at,
+            sweeps=counters.sweeps,
+            tokens=counters.tokens,
+            streamed_bytes=counters.streamed_bytes,
+            peak_rss_bytes=counters.peak_rss_bytes,
+        )
+
+
+class Heartbeat:
+    """A thread that writes WorkerInfo until it is stopped."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, name: str, info: Callable[[], WorkerInfo]) -> None:
+        self._client = client
+        self._keys = keys
+        self._name = name
+        self._info = info
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._is_away = False
+
+    def start(self) -> None:
+        """Write the first heartbeat now, and then one every HEARTBEAT_S."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop, and take the worker off the list; waits at most `timeout_s` seconds."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def beat(self) -> None:
+        """Write one heartbeat.
+
+        Raises:
+            RedisError: Redis did not take it.
+        """
+        info = self._info()
+        with self._client.pipeline(transaction=True) as pipe:
+            pipe.set(self._keys.worker(self._name), info.model_dump_json(), ex=WORKER_TTL_S)
+            pipe.zadd(self._keys.workers, {self._name: int(info.heartbeat_at * 1000)})
+            pipe.execute()
+
+    def _run(self) -> None:
+        is_first = True
+        while is_first or not self._stop.wait(HEARTBEAT_S):
+            is_first = False
+            try:
+                self.beat()
+                self._is_away = False
+            except RedisError as error:
+                if not self._is_away:
+                    log.warning("the heartbeat cannot be written: %s", error)
+                self._is_away = True
+        self._sign_off()
+
+    def _sign_off(self) -> None:
+        try:
+            with self._client.pipeline(transaction=True) as pipe:
+                pipe.delete(self._keys.worker(self._name))
+                pipe.zrem(self._keys.workers, self._name)
+                pipe.execute()
+        except RedisError as error:
+            log.info("the heartbeat is left to expire: %s", error)

@@ -1,0 +1,174 @@
+"""One worker process, put together: engine, session, threads, Celery; and taken apart in the opposite order.
+
+Owns the lifetimes. Imported only after the device is pinned, because it loads the engine. `cli` calls `serve` and
+turns its result into an exit code.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from contextlib import ExitStack
+from importlib.metadata import version
+from typing import Any
+
+from celery import signals
+from celery.apps.worker import Worker
+
+from lamella.keys import Keys, queue_name
+from lamella_engine import Engine, EngineOptions
+from lamella_engine.errors import EngineError
+from lamella_worker.app import make_app
+from lamella_worker.config import WorkerConfig
+from lamella_worker.device import PinnedDevice
+from lamella_worker.drain import EXIT_FAILURE, Drain
+from lamella_worker.engine_port import SweepEngine
+from lamella_worker.heartbeat import Heartbeat, WorkerFacts
+from lamella_worker.job_table import JobTable
+from lamella_worker.lease_keeper import LeaseKeeper
+from lamella_worker.publisher import Publisher
+from lamella_worker.reconciler import Reconciler
+from lamella_worker.registry import Registry, open_redis
+from lamella_worker.session import Session
+from lamella_worker.tasks import add_generate_task
+
+log = logging.getLogger(__name__)
+
+REGISTRY_TIMEOUT_S = 5.0
+RECONCILER_TIMEOUT_S = 2.0
+JOIN_S = 3.0
+
+
+class WorkerError(Exception):
+    """The worker cannot serve; the message says what, why and what to do."""
+
+
+class LamellaWorker(Worker):  # type: ignore[misc]  # celery publishes no types
+    """Celery's worker without its banner, its logging set-up and its signal handlers, which are ours."""
+
+    def install_platform_tweaks(self, worker: Any) -> None:
+        """Leave the signals to `drain`, which has taken them over already."""
+
+    def set_process_status(self, info: str) -> None:
+        """Leave the process's title alone."""
+
+
+def serve(config: WorkerConfig, device: PinnedDevice) -> int:
+    """Open the engine and serve jobs until told to stop; returns the exit code.
+
+    Raises:
+        WorkerError: the engine cannot open. Nothing was taken from the queue.
+    """
+    log.info("lamella worker %s, pid %d", version("lamella"), os.getpid())
+    log.info("model %s", config.worker.model)
+    log.info("device %s (%s)", device.label, device.why)
+    engine = open_engine(config, device)
+    return serve_engine(engine, config, device)
+
+
+def open_engine(config: WorkerConfig, device: PinnedDevice) -> Engine:
+    """Open the engine, building the model's shards if the store lacks them.
+
+    Raises:
+        WorkerError: it cannot open.
+    """
+    table = config.engine
+    try:
+        options = EngineOptions(
+            store=table.store,
+            device=device.engine_device,
+            dtype=table.dtype,
+            max_sequences=table.max_sequences,
+            sweep_tokens=table.sweep_tokens,
+            kv_tokens=table.kv_tokens,
+            ring_slots=table.ring_slots,
+            offline=table.offline,
+        )
+        return Engine.open(config.worker.model, options)
+    except EngineError as error:
+        raise WorkerError(f"cannot serve {config.worker.model}: {error}") from error
+    except (OSError, MemoryError, RuntimeError) as error:
+        # The device or the disk refused in its own words; torch's out-of-memory error is a RuntimeError.
+        raise WorkerError(f"cannot serve {config.worker.model}: {type(error).__name__}: {error}") from error
+
+
+def worker_name(config: WorkerConfig, device: PinnedDevice) -> str:
+    """Return the worker's name: the one it was given, else host-device-pid."""
+    host = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname()) or "host"
+    return config.worker.name or f"{host}-{device.short}-{os.getpid()}"
+
+
+def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice) -> int:
+    """Serve jobs with an open engine until told to stop, then close it; returns the exit code."""
+    name = worker_name(config, device)
+    facts = engine.facts
+    log.info("plan: %d layers, %d bytes, %s, %d slots", facts.num_layers, facts.size_bytes, facts.dtype, config.slots)
+    log.info("queue %s, worker %s", queue_name(config.worker.model), name)
+    keys = Keys(config.redis.prefix)
+    with ExitStack() as stack:
+        stack.callback(device.release)
+        stack.callback(_close_engine, engine)
+        client = open_redis(config.redis.url, REGISTRY_TIMEOUT_S)
+        stack.callback(client.close)
+        impatient = open_redis(config.redis.url, RECONCILER_TIMEOUT_S)
+        stack.callback(impatient.close)
+
+        table = JobTable()
+        session = Session(engine, Registry(client, keys), table, config, name)
+        drain = Drain(session, config.worker.drain_s)
+
+        def on_publisher_end(has_failed: bool) -> None:
+            session.give_up()
+            if has_failed:
+                drain.request("the publisher failed", EXIT_FAILURE)
+
+        publisher = Publisher(engine, table, session.delivery, on_publisher_end)
+        keeper = LeaseKeeper(table, session.delivery, config.worker.lease_s)
+        worker_facts = WorkerFacts(name, config.worker.model, device.label, facts, engine.counters, table)
+        heartbeat = Heartbeat(impatient, keys, name, lambda: worker_facts.info(is_draining=session.is_draining))
+        reconciler = Reconciler(impatient, Registry(impatient, keys), name, config.worker.lease_s)
+
+        drain.start()
+        drain.install()
+        stack.callback(drain.close, JOIN_S)
+        stack.callback(publisher.join, JOIN_S)
+        stack.callback(_close_engine, engine)  # ends the publisher's iterator
+        publisher.start()
+        keeper.start()
+        stack.callback(keeper.stop, JOIN_S)
+        heartbeat.start()
+        stack.callback(heartbeat.stop, JOIN_S)
+        return _run_celery(config, session, reconciler, name)
+
+
+def _run_celery(config: WorkerConfig, session: Session, reconciler: Reconciler, name: str) -> int:
+    app = make_app(config, reconciler)
+    add_generate_task(app, session)
+    signals.setup_logging.connect(_keep_logging)
+    worker = LamellaWorker(
+        app=app,
+        hostname=f"{name}@{socket.gethostname()}",
+        pool_cls="threads",
+        concurrency=config.slots,
+        task_events=True,
+        loglevel="INFO",
+        quiet=True,
+        without_gossip=True,
+        without_mingle=True,
+    )
+    worker.start()
+    session.give_up()  # Celery may stop by itself; then no task may go on waiting
+    return int(worker.exitcode or 0)
+
+
+def _keep_logging(**_: Any) -> None:
+    """Celery sets up no logging while this is connected."""
+
+
+def _close_engine(engine: SweepEngine) -> None:
+    try:
+        engine.close()
+    except EngineError:
+        log.exception("the engine did not close in time")

@@ -1,0 +1,198 @@
+"""The worker's side of the job registry: sends script calls to Redis and reads streams back.
+
+Owns the connection's behaviour (timeouts, which errors pass by themselves, scripts that Redis forgot); what a call
+means is in `lamella.registry_calls`. Never retries by itself: the callers know what they may repeat, and for how long.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+from typing import TypeVar, cast
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterDownError,
+    MasterDownError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.retry import Retry
+
+from lamella.errors import DecodeError
+from lamella.keys import Keys
+from lamella.messages import JobState, TokenEvent, decode_event
+from lamella.registry_calls import ClaimReply, ClaimStatus, ScriptCall, ScriptName, script_source
+
+log = logging.getLogger(__name__)
+Reply = TypeVar("Reply")
+
+PAGE = 1000  # stream entries read at once
+_PASSING_ERRORS = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    AuthenticationError,
+    ClusterDownError,
+    MasterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TryAgainError,
+)
+_PASSING_WORDS = ("OOM", "READONLY", "LOADING", "BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "NOAUTH", "NOPERM")
+
+
+class RegistryAway(Exception):
+    """Redis gave no answer, or one that passes by itself (full, loading, read-only); the same call may be repeated."""
+
+
+class RegistryBroken(Exception):
+    """Redis refused for good, or answered in a form this version does not read; repeating cannot help."""
+
+
+class StreamLost(Exception):
+    """A job's stored events are not the ones its record counts, so it cannot be resumed."""
+
+
+def open_redis(url: str, timeout_s: float) -> redis.Redis:
+    """Return a client that connects when first used; `timeout_s` bounds each connect and each answer."""
+    return redis.Redis.from_url(
+        url,
+        protocol=2,
+        decode_responses=True,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        health_check_interval=15,
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+class Registry:
+    """The registry's scripts and reads over one connection pool; safe to use from any thread."""
+
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self.keys = keys
+        self._client = client
+        self._shas: dict[ScriptName, str] = {}
+
+    def call(self, call: ScriptCall[Reply]) -> Reply:
+        """Run one script.
+
+        Raises:
+            RegistryAway: no answer, so it may or may not have run.
+            RegistryBroken: it cannot run.
+        """
+        (answer,) = self.call_many([call])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def call_many(
+        self, calls: Sequence[ScriptCall[Reply]], notices: Sequence[tuple[str, str]] = ()
+    ) -> list[Reply | RegistryAway | RegistryBroken]:
+        """Run scripts in one round trip and publish `notices` (channel, text) along with them.
+
+        Returns:
+            One entry a call, in order: its reply, or why there is none. A notice that fails is forgotten.
+        """
+        raw = self._send(calls, notices)
+        forgotten = [index for index, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
+        if forgotten:
+            self._shas.clear()
+            again = self._send([calls[index] for index in forgotten], ())
+            for index, answer in zip(forgotten, again, strict=True):
+                raw[index] = answer
+        return [_read(call, answer) for call, answer in zip(calls, raw, strict=True)]
+
+    def _send(self, calls: Sequence[ScriptCall[Reply]], notices: Sequence[tuple[str, str]]) -> list[object]:
+        try:
+            shas = [self._sha(call.script) for call in calls]
+            with self._client.pipeline(transaction=False) as pipe:
+                for call, sha in zip(calls, shas, strict=True):
+                    pipe.evalsha(sha, len(call.keys), *call.keys, *call.args)
+                for channel, text in notices:
+                    pipe.publish(channel, text)
+                return list(islice(pipe.execute(raise_on_error=False), len(calls)))
+        except RedisError as error:
+            return [error] * len(calls)
+
+    def _sha(self, script: ScriptName) -> str:
+        if script not in self._shas:
+            self._shas[script] = self._client.script_load(script_source(script))
+        return self._shas[script]
+
+    def recover_claim(self, job_id: str, worker: str) -> ClaimReply | None:
+        """Return the claim that `worker` holds on a job, or None; for a claim whose answer was lost on the way.
+
+        Raises:
+            RegistryAway: Redis gave no answer.
+        """
+        try:
+            fields = ("state", "worker", "fence", "attempts", "seq", "request")
+            values = cast(list[str | None], self._client.hmget(self.keys.job(job_id), list(fields)))
+        except RedisError as error:
+            raise _translate(error) from error
+        state, holder, fence, attempts, seq, request = values
+        if state != JobState.RUNNING or holder != worker or None in (fence, attempts, seq, request):
+            return None
+        return ClaimReply(ClaimStatus.OK, int(fence or 0), int(attempts or 0), int(seq or 0), request or "")
+
+    def stored_token_ids(self, job_id: str, last_seq: int) -> tuple[int, ...]:
+        """Read back the token ids of the job's events 1 to `last_seq`.
+
+        Raises:
+            StreamLost: they are not all there, in order and readable.
+            RegistryAway: Redis gave no answer.
+        """
+        token_ids: list[int] = []
+        seen = 0
+        while seen < last_seq:
+            try:
+                stream, first, last = self.keys.stream(job_id), f"{seen + 1}-0", f"{last_seq}-0"
+                page = cast(list[tuple[str, dict[str, str]]], self._client.xrange(stream, first, last, count=PAGE))
+            except RedisError as error:
+                raise _translate(error) from error
+            if not page:
+                raise StreamLost(f"events {seen + 1} to {last_seq} are gone from the stream")
+            for entry_id, fields in page:
+                seen += 1
+                if entry_id != f"{seen}-0":
+                    raise StreamLost(f"event {seen} is gone from the stream")
+                token_ids.extend(_token_ids(fields, seen))
+        return tuple(token_ids)
+
+
+def _token_ids(fields: dict[str, str], seq: int) -> tuple[int, ...]:
+    try:
+        event = decode_event(fields.get("e", ""))
+    except DecodeError as error:
+        raise StreamLost(f"event {seq} is unreadable: {error}") from error
+    if not isinstance(event, TokenEvent):
+        raise StreamLost(f"event {seq} is {event.type}, yet the job goes on")
+    return event.token_ids
+
+
+def _read(call: ScriptCall[Reply], answer: object) -> Reply | RegistryAway | RegistryBroken:
+    if isinstance(answer, RedisError):
+        return _translate(answer)
+    try:
+        return call.decode(answer)
+    except DecodeError as error:
+        return RegistryBroken(str(error))
+
+
+def _translate(error: RedisError) -> RegistryAway | RegistryBroken:
+    if isinstance(error, NoScriptError):
+        return RegistryAway("Redis keeps forgetting the scripts; it may be restarting")
+    words = str(error)
+    if isinstance(error, _PASSING_ERRORS) or not isinstance(error, ResponseError) or words.startswith(_PASSING_WORDS):
+        return RegistryAway(f"{type(error).__name__}: {words}")
+    return RegistryBroken(f"{type(error).__name__}: {words}")

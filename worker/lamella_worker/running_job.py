@@ -1,0 +1,67 @@
+"""One claimed job on this worker: its fence, its next sequence number, and how its life here ends.
+
+Owns the job's state in this process and nothing shared. The task's thread makes it and waits on it; the publisher
+counts `next_seq`; whoever learns the end first settles it, and only the first counts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from enum import Enum
+
+
+class Outcome(Enum):
+    """How a job's life on this worker ended."""
+
+    ENDED = "ended"  # its terminal event is stored
+    LOST = "lost"  # its record is gone or another worker has it; nothing of ours is wanted
+    GIVEN_BACK = "given back"  # to be released with its attempt returned
+    ATTEMPT_FAILED = "attempt failed"  # to be released with its attempt counted
+
+
+class RunningJob:
+    """A job under our claim; flags are set once and never cleared."""
+
+    def __init__(self, job_id: str, fence: int, next_seq: int, attempts: int) -> None:
+        self.job_id = job_id
+        self.fence = fence
+        self.attempts = attempts
+        self.sequence_id = f"{job_id}.{fence}"  # a job that comes back before its old sequence left is another sequence
+        self.next_seq = next_seq  # only the thread that delivers the job's events writes it
+        self.renewed_at = time.monotonic()
+        self._cancel_requested = threading.Event()
+        self._settled = threading.Event()
+        self._lock = threading.Lock()
+        self._outcome: Outcome | None = None
+
+    @property
+    def is_cancel_requested(self) -> bool:
+        """True once a client's cancel was seen."""
+        return self._cancel_requested.is_set()
+
+    @property
+    def is_settled(self) -> bool:
+        """True once the outcome is known."""
+        return self._settled.is_set()
+
+    def request_cancel(self) -> bool:
+        """Note a client's cancel; True the first time."""
+        with self._lock:
+            is_first = not self._cancel_requested.is_set()
+            self._cancel_requested.set()
+        return is_first
+
+    def settle(self, outcome: Outcome) -> bool:
+        """Decide how the job's life here ends; True if it was open until now."""
+        with self._lock:
+            if self._outcome is not None:
+                return False
+            self._outcome = outcome
+        self._settled.set()
+        return True
+
+    def wait(self, timeout_s: float) -> Outcome | None:
+        """Wait for the outcome; None if it is not known after `timeout_s` seconds."""
+        self._settled.wait(timeout_s)
+        return self._outcome

@@ -1,0 +1,261 @@
+"""The life of a job on this worker: claim, resume point, engine, last word or way back.
+
+Owns the order of those steps and their deadlines, for as many jobs at once as there are task threads. `tasks` calls
+`run` and only learns whether the message is done with; `publisher` settles jobs from the engine's events, `delivery`
+from what the registry answers, `drain` through `begin_drain` and `give_up`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import TypeVar
+
+from lamella.errors import DecodeError
+from lamella.messages import Cancelled, Failed, GenerateRequest, decode_request
+from lamella.registry_calls import ClaimReply, ClaimStatus, ReleaseStatus, claim_call, release_call
+from lamella_engine.errors import EngineClosed, SequenceError
+from lamella_worker.config import WorkerConfig
+from lamella_worker.delivery import FIRST_RETRY_S, LONGEST_RETRY_S, Delivery, Emission
+from lamella_worker.engine_port import SweepEngine
+from lamella_worker.gate import Gate
+from lamella_worker.job_table import JobTable
+from lamella_worker.publisher import ENGINE_ERROR
+from lamella_worker.registry import Registry, RegistryAway, RegistryBroken, StreamLost
+from lamella_worker.running_job import Outcome, RunningJob
+from lamella_worker.sequence_request import sequence_request
+
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+LOOK_S = 1.0  # how often a waiting task looks whether the session still works
+PARKED_REMEMBERED = 1000
+
+
+class Verdict(Enum):
+    """What becomes of the Celery message."""
+
+    ACK = "ack"
+    REQUEUE = "requeue"
+
+
+class Session:
+    """Runs jobs on one engine; `run` may be called from many threads at once.
+
+    Args:
+        engine: the open engine.
+        registry: the job registry.
+        table: where running jobs are listed for the publisher, the lease keeper and the drain.
+        config: the worker's settings.
+        name: the worker's name, written into each claim.
+    """
+
+    def __init__(
+        self, engine: SweepEngine, registry: Registry, table: JobTable, config: WorkerConfig, name: str
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._table = table
+        self._config = config
+        self._name = name
+        self._gate = Gate()
+        self._draining = threading.Event()
+        self._gave_up = threading.Event()
+        self._parked: dict[str, None] = {}
+        self.delivery = Delivery(registry, config.worker.lease_s, self._cancel_sequence, self._gave_up)
+
+    @property
+    def is_draining(self) -> bool:
+        """True once no new job is taken."""
+        return self._draining.is_set()
+
+    def run(self, job_id: str) -> Verdict:
+        """Take a job as far as it goes here; returns what becomes of its message, and never raises."""
+        with self._table.hold(job_id) as is_ours:
+            if not is_ours:
+                log.info("job=%s a second message for a job that runs here is dropped", job_id)
+                return Verdict.ACK
+            try:
+                claim = self._claim(job_id)
+            except RegistryBroken:
+                log.exception("job=%s cannot be claimed; its record is left as it is", job_id)
+                return Verdict.ACK
+            if claim is None:
+                return Verdict.REQUEUE
+            if claim.status is not ClaimStatus.OK:
+                self._report_unclaimed(job_id, claim.status)
+                return Verdict.ACK
+            job = RunningJob(job_id, claim.fence, claim.seq + 1, claim.attempts)
+            with self._table.listed(job):
+                return self._finish(job, self._run_claimed(job, claim))
+
+    def begin_drain(self) -> None:
+        """Take no more jobs, and give the running ones back at the next sweep boundary."""
+        self._draining.set()
+        for job in self._table.jobs():
+            self._cancel_sequence(job.sequence_id)
+
+    def give_up(self) -> None:
+        """Wait no longer for the engine or for Redis: every running job is given back as it stands."""
+        self._draining.set()
+        self._gave_up.set()
+        for job in self._table.jobs():
+            job.settle(Outcome.GIVEN_BACK)
+
+    def _claim(self, job_id: str) -> ClaimReply | None:
+        """Claim the job, waiting while Redis is away; None once the worker drains."""
+        call = claim_call(
+            self._registry.keys,
+            job_id,
+            self._name,
+            int(self._config.worker.lease_s * 1000),
+            self._config.worker.max_attempts,
+        )
+        has_lost_an_answer = False
+        delay_s = FIRST_RETRY_S
+        while not self._draining.is_set():
+            try:
+                reply = self._registry.call(call)
+                if reply.status is ClaimStatus.HELD and has_lost_an_answer:
+                    # The holder may be ourselves: the claim stood, and only its answer was lost.
+                    return self._registry.recover_claim(job_id, self._name) or reply
+                return reply
+            except RegistryAway as error:
+                if not has_lost_an_answer:
+                    log.warning("job=%s waits to be claimed: %s", job_id, error)
+                has_lost_an_answer = True
+            self._draining.wait(delay_s)
+            delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+        return None
+
+    def _report_unclaimed(self, job_id: str, status: ClaimStatus) -> None:
+        match status:
+            case ClaimStatus.UNKNOWN_SCHEMA:
+                if job_id not in self._parked:
+                    log.error("job=%s is of a newer schema and is left for a newer worker; upgrade this one", job_id)
+                    if len(self._parked) >= PARKED_REMEMBERED:
+                        self._parked.pop(next(iter(self._parked)))
+                    self._parked[job_id] = None
+            case ClaimStatus.POISON:
+                log.error("job=%s is failed: all its %d attempts were lost", job_id, self._config.worker.max_attempts)
+            case _:
+                log.info("job=%s not run here: %s", job_id, status.value)
+
+    def _run_claimed(self, job: RunningJob, claim: ClaimReply) -> Outcome:
+        try:
+            request = decode_request(claim.request_json)
+            if request.model != self._config.worker.model:
+                return self._fail(job, "wrong_model", self._wrong_model(request.model))
+            generated_ids = self._patiently(lambda: self._registry.stored_token_ids(job.job_id, claim.seq))
+            if generated_ids is None:
+                return Outcome.GIVEN_BACK
+            return self._run_sequence(job, request, generated_ids)
+        except DecodeError as error:
+            return self._fail(job, "bad_request", f"this worker cannot read the request: {error}")
+        except StreamLost as error:
+            return self._fail(job, "stream_lost", f"the job cannot go on: {error}; submit it again")
+        except SequenceError as error:
+            return self._refused(job, error)
+        except EngineClosed:
+            return Outcome.GIVEN_BACK
+        except Exception:
+            log.exception("job=%s attempt %d failed in the worker", job.job_id, job.attempts)
+            return Outcome.ATTEMPT_FAILED
+
+    def _run_sequence(self, job: RunningJob, request: GenerateRequest, generated_ids: tuple[int, ...]) -> Outcome:
+        def is_called_off() -> bool:
+            return job.is_settled or job.is_cancel_requested or self._draining.is_set()
+
+        is_last_chance = job.attempts >= max(2, self._config.worker.max_attempts)
+        with self._gate.pass_through(is_alone=is_last_chance, is_called_off=is_called_off) as has_entered:
+            if has_entered and not is_called_off():
+                log.info(
+                    "job=%s starts: attempt %d, after %d tokens%s",
+                    job.job_id,
+                    job.attempts,
+                    len(generated_ids),
+                    ", alone" if is_last_chance else "",
+                )
+                self._engine.submit(sequence_request(job.sequence_id, request, generated_ids))
+                if is_called_off():  # asked for while the engine did not know the sequence yet
+                    self._engine.cancel(job.sequence_id)
+                return self._await(job)
+        if job.is_cancel_requested and not job.is_settled:
+            self.delivery.deliver([Emission(job, (Cancelled(),), Outcome.ENDED)])
+        job.settle(Outcome.GIVEN_BACK)
+        return self._await(job)
+
+    def _await(self, job: RunningJob) -> Outcome:
+        while True:
+            outcome = job.wait(LOOK_S)
+            if outcome is not None:
+                return outcome
+            if self._gave_up.is_set():
+                job.settle(Outcome.GIVEN_BACK)
+
+    def _refused(self, job: RunningJob, error: SequenceError) -> Outcome:
+        if error.code == ENGINE_ERROR:
+            log.error("job=%s attempt %d failed in the engine: %s", job.job_id, job.attempts, error)
+            return Outcome.ATTEMPT_FAILED
+        if error.code == "busy":
+            return Outcome.GIVEN_BACK
+        return self._fail(job, error.code, str(error))
+
+    def _fail(self, job: RunningJob, code: str, message: str) -> Outcome:
+        log.info("job=%s failed: %s", job.job_id, code)
+        self.delivery.deliver([Emission(job, (Failed(code=code, message=message),), Outcome.ENDED)])
+        return self._await(job)
+
+    def _finish(self, job: RunningJob, outcome: Outcome) -> Verdict:
+        """Do what the outcome asks for, and say what becomes of the message."""
+        job.settle(outcome)
+        log.info("job=%s %s", job.job_id, outcome.value)
+        if outcome in (Outcome.ENDED, Outcome.LOST):
+            return Verdict.ACK
+        gives_back_attempt = outcome is Outcome.GIVEN_BACK
+        call = release_call(self._registry.keys, job.job_id, job.fence, gives_back_attempt)
+        try:
+            status = self._patiently(lambda: self._registry.call(call))
+        except RegistryBroken:
+            log.exception("job=%s cannot be released; its lease runs out instead", job.job_id)
+            return Verdict.REQUEUE
+        if status is ReleaseStatus.MISSING:
+            return Verdict.ACK
+        return Verdict.REQUEUE
+
+    def _patiently(self, ask: Callable[[], Answer]) -> Answer | None:
+        """Ask the registry until it answers; None once the session gave up waiting."""
+        delay_s = FIRST_RETRY_S
+        while True:
+            try:
+                return ask()
+            except RegistryAway as error:
+                log.debug("Redis is away: %s", error)
+            if self._gave_up.wait(delay_s):
+                return None
+            delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no job is listed any more; False if some still are after `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        pause = threading.Event()
+        while self._table.jobs():
+            if time.monotonic() >= deadline:
+                return False
+            pause.wait(0.05)
+        return True
+
+    def _cancel_sequence(self, sequence_id: str) -> None:
+        try:
+            self._engine.cancel(sequence_id)
+        except EngineClosed:
+            log.debug("the engine closed before sequence %s was cancelled", sequence_id)
+
+    def _wrong_model(self, asked_for: str) -> str:
+        return (
+            f"the job asks for {asked_for}, but its message reached a worker of {self._config.worker.model}; "
+            "submit it again, and check that nothing moves messages between queues"
+        )

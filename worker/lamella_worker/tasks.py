@@ -1,0 +1,24 @@
+"""The worker's one Celery task: hands a job id to the session and says what becomes of the message."""
+
+from __future__ import annotations
+
+import logging
+
+from celery import Celery
+from celery.exceptions import Reject
+
+from lamella.keys import TASK_NAME
+from lamella_worker.session import Session, Verdict
+
+log = logging.getLogger(__name__)
+
+
+def add_generate_task(app: Celery, session: Session) -> None:
+    """Register the task `lamella.generate` on the app."""
+
+    @app.task(name=TASK_NAME, shared=False)  # type: ignore[untyped-decorator]  # celery publishes no types
+    def generate(job_id: str) -> None:
+        if not isinstance(job_id, str):
+            log.error("a message that names no job is dropped")
+        elif session.run(job_id) is Verdict.REQUEUE:
+            raise Reject("given back", requeue=True)

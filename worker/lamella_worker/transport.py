@@ -1,0 +1,70 @@
+"""Kombu's Redis transport, made to survive a lost connection with deliveries in hand, and junk in a queue.
+
+Owns two repairs. When the broker goes away, Celery first collects the connection and then closes its channel, which
+tries to give deliveries back over the connection that is no longer there; the AttributeError of that, and the one of
+an acknowledgement that comes later still, end the consumer for good. Here both are let go: such a delivery comes back
+by itself after the visibility timeout, and the claim of its job then says that it is held or done. And a queue entry
+that is no Celery message at all would end the consumer too; here it is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import redis as kombu_redis
+
+log = logging.getLogger(__name__)
+
+NAME = "lamella"  # the transport's name in broker URLs
+
+
+class Deliveries(kombu_redis.QoS):
+    """Unacknowledged deliveries of one channel, forgotten here once the channel has lost its connection."""
+
+    def ack(self, delivery_tag: str) -> None:
+        """Acknowledge a delivery."""
+        if self._is_connected("acknowledged"):
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call]  # kombu has few types
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Drop a delivery, or put it back into its queue."""
+        if self._is_connected("rejected"):
+            super().reject(delivery_tag, requeue=requeue)  # type: ignore[no-untyped-call]  # as above
+
+    def restore_unacked(self, client: Any = None) -> Any:
+        """Put every delivery back into its queue."""
+        if self._is_connected("restored"):
+            return super().restore_unacked(client)  # type: ignore[no-untyped-call]  # as above
+        self._delivered.clear()
+        return None
+
+    def _is_connected(self, what: str) -> bool:
+        transport = self.channel.connection
+        if transport is not None and transport.client is not None:
+            return True
+        log.info("a delivery is not %s: its connection is gone; it comes back after the visibility timeout", what)
+        return False
+
+
+class Channel(kombu_redis.Channel):
+    """A channel whose deliveries outlive its connection, and that drops what is no message."""
+
+    QoS = Deliveries
+
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[no-untyped-call]  # as above
+        except (ValueError, TypeError, KeyError, AttributeError):
+            log.exception("a queue entry that is no Celery message is dropped; who else writes to this queue?")
+            return None
+
+
+class Transport(kombu_redis.Transport):
+    """The Redis transport with such channels; known to kombu as `NAME`."""
+
+    Channel = Channel
+
+
+TRANSPORT_ALIASES.setdefault(NAME, f"{__name__}:Transport")
