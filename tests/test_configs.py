@@ -113,10 +113,10 @@ def test_server_config_refuses_writes_when_full(tmp_path: Path) -> None:
     require_embedded()
 
     def fill(client: redis.Redis) -> None:
-        for index in range(100):
+        for index in range(200):
             client.set(f"key{index}", "x" * 100_000)
 
-    with _server(tmp_path, "--maxmemory", "1mb") as client:
+    with _server(tmp_path, "--maxmemory", "8mb") as client:
         with pytest.raises(redis.exceptions.OutOfMemoryError):
             fill(client)
         kept = client.get("key0")

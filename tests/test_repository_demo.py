@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,25 +27,29 @@ def demo_directory(tmp_path: Path, smollm2_store: Path) -> Path:
     return tmp_path
 
 
-def _demo(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+@contextmanager
+def _demo(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "tools.demo", "--directory", str(directory), *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "LAMELLA_DEMO_PROMPT"}
-    return subprocess.Popen(
+    with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _processes_of(directory: Path) -> str:
     """Command lines of live processes that work in the directory."""
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, timeout=10, check=True)
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, timeout=10, check=True)
     return "\n".join(line for line in listing.stdout.splitlines() if str(directory) in line)
 
 
 @pytest.mark.real_model
 def test_demo_answers_and_reports_and_leaves_nothing_running(demo_directory: Path) -> None:
-    process = _demo(demo_directory)
-
-    answer, report = process.communicate(timeout=110)
+    with _demo(demo_directory) as process:
+        answer, report = process.communicate(timeout=110)
 
     assert process.returncode == 0, report
     assert "Paris" in answer
@@ -54,25 +60,33 @@ def test_demo_answers_and_reports_and_leaves_nothing_running(demo_directory: Pat
 
 @pytest.mark.real_model
 def test_demo_fails_with_one_message_and_leaves_nothing_running(demo_directory: Path) -> None:
-    process = _demo(demo_directory, "")
-
-    answer, report = process.communicate(timeout=110)
+    with _demo(demo_directory, "too long " * 10_000) as process:
+        answer, report = process.communicate(timeout=110)
 
     assert process.returncode == 1
     assert answer == ""
-    assert report.splitlines()[-1].startswith("error: ")
+    assert re.match(r"error: job \w+ failed \(prompt_too_long\)", report.splitlines()[-1])
     assert "Traceback" not in report
     assert _processes_of(demo_directory) == ""
 
 
 @pytest.mark.real_model
 def test_interrupted_demo_leaves_nothing_running(demo_directory: Path) -> None:
-    process = _demo(demo_directory, "Tell a very long story.", "--max-tokens", "4000")
-    wait_until(lambda: "lamella_worker" in _processes_of(demo_directory) or process.poll() is not None, deadline_s=60)
+    with _demo(demo_directory, "Tell a very long story.", "--max-tokens", "4000") as process:
+        wait_until(lambda: "lamella_worker" in _processes_of(demo_directory), deadline_s=60)
 
-    process.send_signal(signal.SIGTERM)
-    _, report = process.communicate(timeout=60)
+        process.send_signal(signal.SIGTERM)
+        _, report = process.communicate(timeout=60)
 
     assert process.returncode == 130, report
     assert "everything that was started is stopped" in report
     assert _processes_of(demo_directory) == ""
+
+
+def test_empty_question_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with _demo(tmp_path, " ") as process:
+        answer, report = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert (answer, report) == ("", 'error: the question is empty; ask one: make demo PROMPT="..."\n')
+    assert list(tmp_path.iterdir()) == []

@@ -57,6 +57,8 @@ def run_demo(question: str, max_tokens: int, directory: Path, models: Path) -> N
     Raises:
         DemoError, FetchError, LamellaError: it cannot be answered; everything that was started is stopped.
     """
+    if not question.strip():
+        raise DemoError('the question is empty; ask one: make demo PROMPT="..."')
     started = time.monotonic()
     store = directory / "shards"
     directory.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from types import TracebackType
 from typing import Unpack
 
@@ -85,8 +86,9 @@ class AsyncClient:
         """Submit at the first step, and yield ``(seq, event)`` as they come; arguments as in `submit`."""
         check_seconds("timeout_s", timeout_s)
         job = await self.submit(prompt, **options)
-        async for item in job.stream(timeout_s=timeout_s):
-            yield item
+        async with aclosing(job.stream(timeout_s=timeout_s)) as items:
+            async for item in items:
+                yield item
 
     def job(self, job_id: str) -> AsyncJob:
         """Return a handle on a job by its id; nothing is asked of the server."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from lamella import operations
 from lamella.async_stream import read_async_stream
@@ -52,9 +53,10 @@ class AsyncJob:
             WaitTimeout: the job has not ended within `timeout_s`; it goes on.
         """
         builder = CompletionBuilder(self.id)
-        async for item in self.stream(timeout_s=timeout_s):
-            if text := builder.add(item):
-                yield text
+        async with aclosing(self.stream(timeout_s=timeout_s)) as items:
+            async for item in items:
+                if text := builder.add(item):
+                    yield text
 
     async def result(self, timeout_s: float = DEFAULT_WAIT_S) -> Completion:
         """Wait for the end and return the whole.
@@ -65,10 +67,11 @@ class AsyncJob:
             WaitTimeout: the job has not ended within `timeout_s`; it goes on.
         """
         builder = CompletionBuilder(self.id)
-        async for item in self.stream(timeout_s=timeout_s):
-            builder.add(item)
-            if isinstance(item.event, Done):
-                return builder.completion(item.event)
+        async with aclosing(self.stream(timeout_s=timeout_s)) as items:
+            async for item in items:
+                builder.add(item)
+                if isinstance(item.event, Done):
+                    return builder.completion(item.event)
         raise JobError(self.id, f"the events of job {self.id} ended without a terminal one")
 
     async def status(self) -> JobStatus:

@@ -79,11 +79,14 @@ class DirectoryCheckpoint:
     def fingerprint(self) -> str:
         """Differs for another model in the same place, and after any of the files was written again."""
         digest = hashlib.sha256()
-        for header in self._headers:
-            stat = header.path.stat()
-            digest.update(f"{header.path.name} {header.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        for name in self._companions():
-            digest.update(f"{name} {hashlib.sha256((self.path / name).read_bytes()).hexdigest()}\n".encode())
+        try:
+            for header in self._headers:
+                stat = header.path.stat()
+                digest.update(f"{header.path.name} {header.sha256} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            for name in self._companions():
+                digest.update(f"{name} {hashlib.sha256((self.path / name).read_bytes()).hexdigest()}\n".encode())
+        except OSError as error:
+            raise CheckpointError(f"cannot read {error.filename}: {error.strerror or error}") from error
         return digest.hexdigest()
 
     @property

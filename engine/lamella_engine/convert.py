@@ -216,7 +216,7 @@ def _are_equal(left: Conversion, left_name: str, right: Conversion, right_name: 
 
 def _digest(conversion: Conversion, name: str) -> bytes:
     data = conversion.run()[name].contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy()).digest()
+    return hashlib.sha256(data.numpy()).digest()  # type: ignore[arg-type] # numpy arrays are buffers
 
 
 def _check_complete(built: Architecture, conversions: list[Conversion], native: Mapping[str, torch.Tensor]) -> None:

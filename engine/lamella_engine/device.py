@@ -36,9 +36,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that can still be taken on `device`: free GPU memory, or available RAM."""
+    """Bytes that can still be taken on `device`: GPU memory free and within this process's share, or available RAM."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        share = int(total * torch.cuda.memory.get_per_process_memory_fraction(device))
+        return min(int(free), share - torch.cuda.memory_reserved(device))
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

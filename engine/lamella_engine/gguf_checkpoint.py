@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from lamella_engine.weight_source import Conversion, TensorShape
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_Array = numpy.ndarray[Any, Any]
 _TYPED = {"F32": numpy.float32, "F16": numpy.float16}
 
 
@@ -42,6 +43,7 @@ class GgufCheckpoint:
     def __init__(self, header: GgufHeader) -> None:
         self._header = header
         self.path = header.path
+        self._values: Mapping[str, Any] | None = None
 
     @classmethod
     def open(cls, path: Path) -> GgufCheckpoint:
@@ -62,7 +64,10 @@ class GgufCheckpoint:
     @property
     def fingerprint(self) -> str:
         """Differs for another model in the same place, and after the file was written again."""
-        stat = self.path.stat()
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
         return hashlib.sha256(f"{self._header.sha256} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
 
     @property
@@ -82,32 +87,41 @@ class GgufCheckpoint:
 
     def load_config(self) -> PretrainedConfig:
         """The config that the metadata describe; weights expand to float32."""
-        config = self._through_transformers(
-            "config", lambda: AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        )
+        config = self._through_transformers("config", self._make_config)
         config.dtype = torch.float32
         return config
 
+    def _make_config(self) -> PretrainedConfig:
+        values = self._config_values()
+        return type(AutoConfig.for_model(values["model_type"])).from_dict(dict(values))
+
+    def _config_values(self) -> Mapping[str, Any]:
+        """The metadata under transformers' names; parsed once, since a large vocabulary takes seconds."""
+        if self._values is None:
+            self._values = load_gguf_checkpoint(str(self.path))["config"]
+        return self._values
+
     def conversions(self, built: Architecture) -> list[Conversion]:
         """One step per native tensor; experts that are fused take several file tensors."""
-        parsed = self._through_transformers("metadata", lambda: load_gguf_checkpoint(str(self.path)))
-        processor = TENSOR_PROCESSORS.get(self._header.architecture, TensorProcessor)(config=parsed["config"])
-        native = built.model.state_dict()
+        values = self._through_transformers("metadata", self._config_values)
+        processor = TENSOR_PROCESSORS.get(self._header.architecture, TensorProcessor)(config=values)
+        tree = _NameTree(built.model, built.model.base_model_prefix)
         names: dict[str, str] = self._through_transformers(
-            "tensor names", lambda: get_gguf_hf_weights_map(built.model, processor)
+            "tensor names", lambda: get_gguf_hf_weights_map(tree, processor)
         )
         if "rope_freqs.weight" in self._header.tensors:
             logger.warning("%s has scaled rotary frequencies, which are not applied: long contexts suffer", self.path)
+        native: dict[str, torch.Tensor] = built.model.state_dict()
         sources: defaultdict[str, list[GgufTensor]] = defaultdict(list)
         for name, tensor in self._header.tensors.items():
             target = names.get(name) or names.get(name.removesuffix(".weight")) or name
             sources[target].append(tensor)
-        return [
-            self._conversion(target, tuple(tensors), native, lambda values, name, out: processor.process(
-                weights=values, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": out}
-            ))
-            for target, tensors in sources.items()
-        ]  # fmt: skip
+
+        def process(weights: _Array, name: str, made: dict[str, torch.Tensor]) -> Any:
+            parameters = {"tensors": made}
+            return processor.process(weights=weights, name=name, tensor_key_mapping=names, parsed_parameters=parameters)
+
+        return [self._conversion(target, tuple(tensors), native, process) for target, tensors in sources.items()]
 
     def write_companions(self, directory: Path, config: PretrainedConfig) -> None:
         """Write what the metadata hold as the files of a transformers checkpoint."""
@@ -123,7 +137,7 @@ class GgufCheckpoint:
         target: str,
         tensors: tuple[GgufTensor, ...],
         native: dict[str, torch.Tensor],
-        process: Callable[[numpy.ndarray[Any, Any], str, dict[str, torch.Tensor]], Any],
+        process: Callable[[_Array, str, dict[str, torch.Tensor]], Any],
     ) -> Conversion:
         def run() -> dict[str, torch.Tensor]:
             made: dict[str, torch.Tensor] = {}
@@ -139,7 +153,7 @@ class GgufCheckpoint:
             shape = tuple(native[target].shape)
         return Conversion((TensorShape(target, "float32", shape),), tuple(tensor.name for tensor in tensors), run)
 
-    def _expand(self, tensor: GgufTensor) -> numpy.ndarray[Any, Any]:
+    def _expand(self, tensor: GgufTensor) -> _Array:
         raw = read_bytes(self.path, tensor.start, tensor.nbytes).numpy()
         typed = _TYPED.get(tensor.block_type.name)
         if typed is not None:
@@ -160,6 +174,25 @@ class GgufCheckpoint:
                 f"the {what} of {self.path} cannot be used: {type(error).__name__}: {error}. The file is damaged, or "
                 "made by another program than is known here."
             ) from error
+
+
+class _NameTree:
+    """What transformers' name mapping looks at: a model and, one level below, its base model.
+
+    Given the model itself it would build the same table once per module, which takes longer than all the rest.
+    """
+
+    def __init__(self, module: torch.nn.Module, base_model_prefix: str) -> None:
+        self.config: Any = getattr(module, "config", None)
+        self._module = module
+        self._prefix = base_model_prefix
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._module.state_dict()
+
+    def named_children(self) -> list[tuple[str, _NameTree]]:
+        base = getattr(self._module, self._prefix, None) if self._prefix else None
+        return [(self._prefix, _NameTree(base, ""))] if isinstance(base, torch.nn.Module) else []
 
 
 def _check_expandable(path: Path, block_type: gguf.GGMLQuantizationType) -> None:

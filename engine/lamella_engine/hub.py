@@ -7,6 +7,7 @@ pickled weights, no code. `hub_errors` words the failures; `shard_store` calls t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import posixpath
@@ -162,15 +163,23 @@ def _check_room(listing: _Listing, files: Iterable[str]) -> None:
     partial = sum(path.stat().st_size for path in repository.glob("blobs/*.incomplete"))
     missing = [file for file in files if not _is_cached(listing, file)]
     needed = sum(listing.sizes[file] or 0 for file in missing) - partial
-    existing = next(path for path in (listing.cache, *listing.cache.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise DiskFull(
-            f"{listing.request.name} needs {needed} more bytes in the download cache {listing.cache}, where {free} are "
-            "free. Free some, or set HF_HOME to a larger disk.",
-            needed_bytes=needed,
-            free_bytes=free,
-        )
+    if needed > _free_bytes(listing.cache):
+        raise _disk_full(listing, needed)
+
+
+def _free_bytes(directory: Path) -> int:
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _disk_full(listing: _Listing, needed_bytes: int) -> DiskFull:
+    free = _free_bytes(listing.cache)
+    return DiskFull(
+        f"{listing.request.name} needs {needed_bytes} more bytes in the download cache {listing.cache}, where {free} "
+        "are free. Free some, or set HF_HOME to a larger disk; what is fetched already is kept.",
+        needed_bytes=needed_bytes,
+        free_bytes=free,
+    )
 
 
 def _is_cached(listing: _Listing, file: str) -> bool:
@@ -296,6 +305,8 @@ class _Fetchers:
                 tqdm_class=self._meter.bar_class(file),
             )
         except HUB_ERRORS as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise _disk_full(listing, self._meter.total_bytes - self._meter.done_bytes) from error
             raise explain(error, listing.request) from error
         self._meter.finish(file, self._listing.sizes[file] or 0)
         return Path(path)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass
 
 from huggingface_hub.errors import (
@@ -20,7 +19,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from lamella_engine.errors import DiskFull, ModelError, ModelNameError, ModelNotFound
+from lamella_engine.errors import ModelError, ModelNameError, ModelNotFound
 
 # The root of what the hub library's HTTP client raises; which client that is depends on the library's version.
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -74,13 +73,6 @@ def explain(error: Exception, request: HubRequest) -> ModelError:
         return _explain_answer(error.__cause__, request)
     if isinstance(error, (_TRANSPORT_ERROR, LocalEntryNotFoundError)):
         return _unreachable(error.__cause__ or error, request)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return DiskFull(
-            f"the disk is full: no room at {error.filename or 'the download cache'} for {request.name}. Free some, or "
-            "set HF_HOME to a larger disk; what was downloaded so far is kept.",
-            needed_bytes=1,
-            free_bytes=0,
-        )
     return ModelError(
         f"{request.name} could not be fetched from {request.endpoint}: {type(error).__name__}: {_first_line(error)}. "
         "Try again; if HF_ENDPOINT is set, check that it points to a model hub."

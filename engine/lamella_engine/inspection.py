@@ -21,11 +21,11 @@ from lamella_engine.names import is_model_name
 from lamella_engine.shard_check import read_shard_layout
 from lamella_engine.shard_store import ShardStore, open_source
 from lamella_engine.shard_writer import size_of
+from lamella_engine.slots import MAX_DEVICE_SLOTS
 from lamella_engine.weight_source import WeightSource
 
 GIB = 1024**3
 CARDS_GIB = (4, 6, 8, 12, 24)
-RING_SLOTS = 3  # layers on the device while streaming
 CARD_RESERVE_BYTES = GIB // 2  # CUDA context, kernels and the activations of a sweep
 CARD_CONTEXT_TOKENS = 2048  # key-value cache a card must have room for, or the whole context if that is shorter
 
@@ -147,6 +147,7 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
     shapes = _kv_shapes(text)
     per_token = sum(shape.width for shape in shapes) * _dtype(source.dtype).itemsize
     context = _whole(text, "max_position_embeddings")
+    is_tied = bool(getattr(source.config, "tie_word_embeddings", False))
     return ModelFacts(
         name=source.name,
         found_in=source.found_in,
@@ -168,9 +169,9 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         context_length=context,
         sliding_window=_narrowest_window(text),
         vocabulary=int(text.vocab_size),
-        tied_embeddings=bool(getattr(source.config, "tie_word_embeddings", False)),
+        tied_embeddings=is_tied,
         kv_bytes_per_token=per_token,
-        cards=() if obstacle else _cards(sizes, per_token * min(context or CARD_CONTEXT_TOKENS, CARD_CONTEXT_TOKENS)),
+        cards=() if obstacle else _cards(sizes, text, _dtype(source.dtype), is_tied),
     )
 
 
@@ -265,17 +266,21 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def _cards(sizes: _Sizes, kv_bytes: int) -> tuple[CardFit, ...]:
-    return tuple(_card(gib * GIB, sizes, kv_bytes) for gib in CARDS_GIB)
+def _cards(sizes: _Sizes, text: PretrainedConfig, dtype: torch.dtype, is_tied: bool) -> tuple[CardFit, ...]:
+    """What fits beside a useful key-value cache and what lies outside the layers, less a table kept in host memory."""
+    tokens = min(_whole(text, "max_position_embeddings") or CARD_CONTEXT_TOKENS, CARD_CONTEXT_TOKENS)
+    table_bytes = 0 if is_tied else int(text.vocab_size) * int(text.hidden_size) * dtype.itemsize
+    fixed_bytes = sizes.root_bytes - table_bytes + tokens * kv_bytes_per_token(text, dtype)
+    return tuple(_card(gib * GIB, sizes, fixed_bytes) for gib in CARDS_GIB)
 
 
-def _card(card_bytes: int, sizes: _Sizes, kv_bytes: int) -> CardFit:
-    """A card that holds every layer needs no ring; else `RING_SLOTS` of the largest layer come first."""
-    room = card_bytes - CARD_RESERVE_BYTES - sizes.root_bytes - kv_bytes
+def _card(card_bytes: int, sizes: _Sizes, fixed_bytes: int) -> CardFit:
+    """A card that holds every layer needs no slots to stream through; else those come first, one at the least."""
+    room = card_bytes - CARD_RESERVE_BYTES - fixed_bytes
     if sum(sizes.layers) <= room:
         return CardFit(card_bytes, True, len(sizes.layers))
-    room -= RING_SLOTS * max(sizes.layers)
-    runs = room >= 0
+    runs = max(sizes.layers) <= room
+    room -= MAX_DEVICE_SLOTS * max(sizes.layers)
     resident = 0
     for nbytes in sorted(sizes.layers):
         room -= nbytes

@@ -102,8 +102,8 @@ def build(request: BuildRequest, model_directory: Path, progress: Progress) -> M
     planned = _plan(request, model_directory)
     _remove_leftovers(model_directory, keep=planned.directory.name)
     finished = _finished_shards(planned)
-    _check_room(planned, finished, model_directory)
-    with _cleaned_up(planned.directory, model_directory):
+    needed_bytes = _check_room(planned, finished, model_directory)
+    with _cleaned_up(planned.directory, model_directory, needed_bytes):
         _make_directory(planned.directory)
         companions = _write_companions(planned)
         records = _write_shards(planned, finished, progress)
@@ -187,7 +187,8 @@ def _recorded(path: Path) -> list[ShardRecord]:
     return records
 
 
-def _check_room(planned: _Build, finished: dict[str, ShardRecord], model_directory: Path) -> None:
+def _check_room(planned: _Build, finished: dict[str, ShardRecord], model_directory: Path) -> int:
+    """The bytes that have still to be written, if there is room for them."""
     pending = [shard for shard in planned.shards if shard.file not in finished]
     block_bytes = 4096
     needed = sum(-(-shard.layout.file_bytes // block_bytes) * block_bytes for shard in pending)
@@ -202,6 +203,7 @@ def _check_room(planned: _Build, finished: dict[str, ShardRecord], model_directo
             needed,
             free,
         )
+    return needed
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -211,14 +213,14 @@ def _nearest_existing(path: Path) -> Path:
 
 
 @contextmanager
-def _cleaned_up(directory: Path, model_directory: Path) -> Iterator[None]:
+def _cleaned_up(directory: Path, model_directory: Path, needed_bytes: int) -> Iterator[None]:
     """Leave nothing behind when the source is at fault; what was finished stays where the disk is."""
     try:
         yield
     except DiskFull:
         raise
     except OSError as error:
-        raise as_model_error(error, directory, 0) from error
+        raise as_model_error(error, directory, needed_bytes) from error
     except ModelError:
         shutil.rmtree(directory, ignore_errors=True)
         _remove_if_empty(model_directory)

@@ -92,7 +92,7 @@ class ShardStore:
             raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}, or None for the source's own")
         report = progress or silent
         wanted = self._wanted(model, source, dtype)
-        local = open_source(wanted.origin) if wanted.origin is not None and wanted.origin.exists() else None
+        local = open_source(wanted.origin) if wanted.origin is not None and os.path.exists(wanted.origin) else None
         manifest = self._current(wanted, local)
         if manifest is None:
             try:
@@ -204,11 +204,11 @@ class ShardStore:
 
     def _wanted(self, model: str | Path, source: Path | None, dtype: str | None) -> _Wanted:
         if source is not None:
-            return _Wanted(names.check_model_name(str(model)), Path(source).expanduser(), dtype)
+            return _Wanted(names.check_model_name(str(model)), Path(os.path.expanduser(source)), dtype)
         if isinstance(model, str) and names.is_model_name(model) and self._is_published(model):
             return _Wanted(model, None, dtype)
-        path = Path(model).expanduser()
-        if isinstance(model, Path) or path.exists():
+        path = Path(os.path.expanduser(model))
+        if isinstance(model, Path) or os.path.exists(path):
             return _Wanted(names.name_from_path(path), path, dtype)
         return _Wanted(names.check_model_name(model), None, dtype)
 

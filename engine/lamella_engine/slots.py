@@ -1,4 +1,4 @@
-"""Where a layer's bytes are while it computes: a host slot on the CPU, one of two device slots on a GPU.
+"""Where a layer's bytes are while it computes: a host slot on the CPU, one of at most two device slots on a GPU.
 
 The sweep sees one small interface, `LayerSlots`: acquire the next layer, release it, rewind after a failure. Copies
 to a GPU run on their own stream from their own thread, ordered by events only, so that reading, copying and computing
@@ -7,17 +7,23 @@ overlap.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from typing import NamedTuple, Protocol
 
 import torch
 
-from lamella_engine.errors import EngineError
+from lamella_engine.device import free_memory_bytes
+from lamella_engine.errors import DeviceError, EngineError
 from lamella_engine.reader import STALL_S, FilledSlot, HostSlot, LayerReader
 from lamella_engine.shard import Shard
 
-NUM_DEVICE_SLOTS = 2  # one computes while the other is filled
+logger = logging.getLogger(__name__)
+
+MAX_DEVICE_SLOTS = 2  # one computes while the other is filled
+_SLOTS_SHARE = 0.8  # of the free device memory that two slots may take; the rest is for keys, values and activations
+_ONE_SLOT_SHARE = 0.9
 _POLL_S = 0.2
 
 
@@ -49,6 +55,24 @@ def open_layer_slots(shards: tuple[Shard, ...], ring_slots: int, device: torch.d
     if device.type == "cuda":
         return CudaLayerSlots(shards, ring_slots, device)
     return HostLayerSlots(shards, ring_slots)
+
+
+def num_device_slots(layer_bytes: int, device: torch.device) -> int:
+    """How many layers of `layer_bytes` are on the GPU at once: two where they fit, else one, without overlap.
+
+    Raises:
+        DeviceError: not even one layer fits.
+    """
+    free = free_memory_bytes(device)
+    if MAX_DEVICE_SLOTS * layer_bytes <= _SLOTS_SHARE * free:
+        return MAX_DEVICE_SLOTS
+    if layer_bytes > _ONE_SLOT_SHARE * free:
+        raise DeviceError(
+            f"the largest layer has {layer_bytes:,} bytes and {device} has {free:,} free beside the model's resident "
+            "part; use a card with more memory, or the CPU (--device cpu)"
+        )
+    logger.warning("%s holds one layer of %d bytes at a time: copying and computing take turns", device, layer_bytes)
+    return 1
 
 
 class HostLayerSlots:
@@ -100,7 +124,8 @@ class CudaLayerSlots:
         self._nbytes = [shard.nbytes for shard in shards]
         self._reader = LayerReader(shards, ring_slots, pinned=True)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch leaves it without types
-        self._slots = [_DeviceSlot(max(self._nbytes), device) for _ in range(NUM_DEVICE_SLOTS)]
+        count = num_device_slots(max(self._nbytes), device)
+        self._slots = [_DeviceSlot(max(self._nbytes), device) for _ in range(count)]
         self._stop = threading.Event()
         self._held: _DeviceSlot | None = None
         self._start()
@@ -141,8 +166,8 @@ class CudaLayerSlots:
     def _start(self) -> None:
         self._stop.clear()
         self._held = None
-        self._free: queue.Queue[_DeviceSlot] = queue.Queue(maxsize=NUM_DEVICE_SLOTS)
-        self._ready: queue.Queue[tuple[int, _DeviceSlot] | BaseException] = queue.Queue(maxsize=NUM_DEVICE_SLOTS + 1)
+        self._free: queue.Queue[_DeviceSlot] = queue.Queue(maxsize=MAX_DEVICE_SLOTS)
+        self._ready: queue.Queue[tuple[int, _DeviceSlot] | BaseException] = queue.Queue(maxsize=MAX_DEVICE_SLOTS + 1)
         for slot in self._slots:
             self._free.put_nowait(slot)
         self._reader.start()

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -18,7 +23,8 @@ from lamella.cli.plugins import _forwarder
 from lamella.embedded import EmbeddedServer
 from lamella.keys import Keys
 from lamella.messages import decode_request
-from tests.client.acting_worker import MODEL, ActingWorker, failed, token
+from tests.client.acting_worker import MODEL, ActingWorker, done, failed, token
+from tests.waiting import wait_until
 
 Run = Callable[..., Result]
 
@@ -225,3 +231,71 @@ def test_a_command_whose_packages_are_missing_says_what_to_install() -> None:
 
     assert result.exit_code == 1
     assert 'pip install "lamella[worker]"' in result.stderr
+
+
+def start_chat(stdin: int, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lamella", "chat", *args],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def next_job(worker: ActingWorker) -> str:
+    """Take the next job as a worker does."""
+    assert worker.redis.brpop([worker.keys.queue_list(MODEL)], timeout=10)
+    waiting = worker.redis.zrange(worker.keys.active, 0, -1)
+    assert len(waiting) == 1
+    assert worker.claim(waiting[0]).status == "ok"
+    return waiting[0]
+
+
+def test_ctrl_c_cancels_the_answer(run: Run, worker: ActingWorker) -> None:
+    chat = start_chat(subprocess.DEVNULL, "tell me everything")
+    try:
+        job_id = next_job(worker)
+        worker.emit(job_id, token("Once"))
+        assert chat.stdout is not None
+        assert chat.stdout.read(4) == "Once"
+
+        chat.send_signal(signal.SIGINT)
+        _, message = chat.communicate(timeout=20)
+    finally:
+        chat.kill()
+        chat.communicate(timeout=10)
+
+    assert chat.returncode == 1
+    assert message == f"error: job {job_id} was cancelled\n"
+    assert worker.emit(job_id, token(" upon")).cancel_requested
+
+
+def test_a_dialogue_remembers_its_turns(run: Run, worker: ActingWorker) -> None:
+    ours, theirs = pty.openpty()
+    chat = start_chat(theirs)
+    try:
+        os.write(ours, b"hello\n")
+        first = next_job(worker)
+        worker.emit(first, token("hi"), done())
+        os.write(ours, b"and now?\n")
+        second = next_job(worker)
+        request = decode_request(worker.redis.hget(Keys().job(second), "request") or "")
+        worker.emit(second, token("bye"), done())
+        wait_until(lambda: worker.redis.zcard(worker.keys.active) == 0)
+        os.write(ours, b"\x04")
+        answers, _ = chat.communicate(timeout=20)
+    finally:
+        chat.kill()
+        chat.communicate(timeout=10)
+        os.close(ours)
+        os.close(theirs)
+
+    assert chat.returncode == 0
+    assert [(turn.role, turn.content) for turn in request.messages or ()] == [
+        ("user", "hello"),
+        ("assistant", "hi"),
+        ("user", "and now?"),
+    ]
+    assert "hi" in answers
+    assert "bye" in answers

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from lamella.client import Client
 from lamella.embedded import EmbeddedServer
 from lamella.errors import JobCancelled, JobFailed
-from lamella.messages import Cancelled, Done, JobState, TokenEvent
+from lamella.messages import Cancelled, Done, JobState, TokenEvent, WorkerInfo
 from tests.waiting import wait_until
 
 LONG = 450  # tokens: most of the tiny model's context
+
+
+def heartbeat_from_now(client: Client, model: str) -> WorkerInfo:
+    """What the only worker of a model says of itself from now on."""
+    now = time.time()
+    return wait_until(lambda: [w for w in client.workers() if w.model.name == model and w.heartbeat_at > now])[0]
 
 
 def test_a_stream_brings_the_same_text_as_waiting_for_it(client: Client, solo: str) -> None:
@@ -113,13 +121,11 @@ def test_a_prompt_longer_than_the_context_fails_and_says_so(client: Client, solo
 def test_eight_jobs_share_sweeps_and_each_gets_its_own_text(client: Client, solo: str) -> None:
     prompts = [f"{number} small lamps stood" for number in range(8)]
     alone = [client.generate(p, model=solo, max_tokens=60, ignore_eos=True, timeout_s=30).text for p in prompts]
-    (before,) = [worker for worker in client.workers() if worker.model.name == solo]
+    before = heartbeat_from_now(client, solo)
 
     jobs = [client.submit(prompt, model=solo, max_tokens=60, ignore_eos=True) for prompt in prompts]
     together = [job.result(timeout_s=30) for job in jobs]
 
     assert [completion.text for completion in together] == alone
-    (after,) = wait_until(
-        lambda: [w for w in client.workers() if w.model.name == solo and w.tokens >= before.tokens + 8 * 60]
-    )
+    after = heartbeat_from_now(client, solo)
     assert after.sweeps - before.sweeps < 8 * 60 / 3

@@ -16,14 +16,15 @@ from tests.end_to_end.fleet import DRAIN_S, Fleet, run_worker
 from tests.waiting import wait_until
 
 LONG = 450
-OPTIONS = {"max_tokens": LONG, "ignore_eos": True, "temperature": 0.8, "seed": 11}
+GREEDY = {"max_tokens": LONG, "ignore_eos": True}
+SAMPLED = {**GREEDY, "temperature": 0.8, "seed": 11}
 
 
 def test_a_killed_workers_job_goes_on_elsewhere_with_the_same_text(
     client: Client, fleet: Fleet, pair: list[str]
 ) -> None:
-    undisturbed = client.generate("The river runs", model=PAIR, timeout_s=60, **OPTIONS)
-    job = client.submit("The river runs", model=PAIR, **OPTIONS)
+    undisturbed = client.generate("The river runs", model=PAIR, timeout_s=60, **SAMPLED)
+    job = client.submit("The river runs", model=PAIR, **SAMPLED)
     items = []
 
     for item in job.stream(timeout_s=60):
@@ -46,8 +47,8 @@ def test_a_drained_workers_jobs_go_on_elsewhere_with_their_attempts_unchanged(
     client: Client, fleet: Fleet, pair: list[str]
 ) -> None:
     prompts = [f"Chapter {number}." for number in range(6)]
-    undisturbed = [client.generate(p, model=PAIR, timeout_s=60, **OPTIONS).text for p in prompts]
-    jobs = [client.submit(prompt, model=PAIR, **OPTIONS) for prompt in prompts]
+    undisturbed = [client.generate(p, model=PAIR, timeout_s=60, **GREEDY).text for p in prompts]
+    jobs = [client.submit(prompt, model=PAIR, **GREEDY) for prompt in prompts]
     wait_until(lambda: all(job.status().events > 5 for job in jobs))
     holders = [job.status().worker for job in jobs]
     drained = max(pair, key=holders.count)

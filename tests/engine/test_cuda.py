@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lamella_engine import Engine, EngineOptions, FinishReason, Sampling, ShardStore
+from lamella_engine.errors import DeviceError
 from tests import tiny_models
 from tests.engine.engine_driver import gather, generate, submit_ids
 
@@ -44,16 +46,18 @@ def engine(tiny_llama_dir: Path, tmp_path: Path) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture
-def memory_cap() -> Iterator[None]:
-    """Let this process have CAP_BYTES of GPU memory, as on a small card."""
+@contextmanager
+def memory_cap(cap_bytes: int) -> Iterator[None]:
+    """Let this process have `cap_bytes` of GPU memory, as on a small card."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(CAP_BYTES / total)
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.set_per_process_memory_fraction(cap_bytes / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def full_load(source: Path, device: str) -> list[list[int]]:
@@ -102,22 +106,30 @@ def test_random_draws_are_those_of_the_cpu(engine: Engine, tiny_llama_dir: Path,
         assert batch(engine, sampling) == batch(cpu, sampling)
 
 
-def test_a_model_far_above_the_memory_cap_runs_and_equals_a_full_load(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_model_far_above_the_memory_cap_runs_and_equals_a_full_load(tmp_path: Path) -> None:
     source = tiny_models.save_checkpoint(tmp_path / "large", "llama", LARGE, std=0.02)
     sharded = ShardStore(tmp_path / "store").ensure("large", source=source)
+    layer_bytes = max(shard.nbytes for shard in sharded.layers)
+    head_bytes = 2048 * 2048 * 4
     expected = full_load(source, "cuda")
-    request.getfixturevalue("memory_cap")
-
     options = EngineOptions(store=tmp_path / "store", device="cuda", kv_tokens=512)
-    with Engine.open("large", options) as engine:
-        tokens = batch(engine)
-        peak = torch.cuda.max_memory_allocated()
 
-    assert sharded.size_bytes > 2 * CAP_BYTES
-    assert peak < CAP_BYTES
-    assert tokens == expected
+    for cap_bytes, slots in ((CAP_BYTES, 2), (layer_bytes + head_bytes + 160 * 2**20, 1)):
+        with memory_cap(cap_bytes), Engine.open("large", options) as engine:
+            tokens = batch(engine)
+
+            assert tokens == expected
+            assert len(engine._model._slots._slots) == slots  # type: ignore[attr-defined] # the GPU's kind of slots
+            assert torch.cuda.max_memory_allocated() < cap_bytes
+            assert sharded.size_bytes > 2 * cap_bytes
+        del engine
+
+
+def test_a_card_that_cannot_hold_a_layer_is_refused(tmp_path: Path) -> None:
+    source = tiny_models.save_checkpoint(tmp_path / "large", "llama", LARGE | {"num_hidden_layers": 1}, std=0.02)
+
+    with memory_cap(128 * 2**20), pytest.raises(DeviceError, match="largest layer"):
+        Engine.open(source, EngineOptions(store=tmp_path / "store", device="cuda"))
 
 
 def test_a_failed_sweep_leaves_the_engine_clean(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Its text is a function of the prompt and the position alone, so a resumed sequence goes on exactly where it was. A
 prompt's first word steers it: ``slow`` reads its prompt for ever, ``crash`` fails every sweep it rides, ``die`` ends
-the process, ``bad`` is refused. `hold` stops the sweeps, as a hung kernel would.
+the process, ``break`` ends the events with an exception, ``bad`` is refused. `hold` stops the sweeps, as a hung kernel would.
 """
 
 from __future__ import annotations
@@ -110,6 +110,9 @@ class ScriptedEngine:
 
     def events(self, poll_s: float = 0.5) -> Iterator[SweepEvents]:
         while not self._closed.is_set():
+            with self._lock:
+                if any(sequence.script == "break" for sequence in self._sequences.values()):
+                    raise RuntimeError("a scripted break")
             try:
                 yield self._outbox.get(timeout=poll_s)
             except queue.Empty:

@@ -195,3 +195,26 @@ def test_junk_in_the_queue_does_not_stop_the_worker(
 
     assert completion.text == scripted_text("hello", 3)
     assert fleet.processes["w1"].poll() is None
+
+
+def test_a_worker_whose_engine_breaks_gives_its_jobs_back_and_ends(client: Client, fleet: ScriptedFleet) -> None:
+    fleet.start("w1")
+    job = submit(client, "break now", 5)
+
+    assert fleet.processes["w1"].wait(10) == 1
+
+    assert job.status().state is JobState.QUEUED
+    assert job.status().attempts == 0
+    assert client.workers() == []
+
+
+def test_a_worker_without_a_server_waits_for_it_and_still_stops_when_told(
+    fleet: ScriptedFleet, own_server: EmbeddedServer
+) -> None:
+    fleet.start("w1")
+    own_server.stop()
+    wait_until(lambda: "Cannot connect" in fleet.log("w1"), 15)
+
+    fleet.processes["w1"].terminate()
+
+    assert fleet.processes["w1"].wait(10) in (0, 1)

@@ -8,7 +8,6 @@ task, `lease` and `reconciler` are its consumer's timers.
 from __future__ import annotations
 
 import ssl
-from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from celery import Celery
@@ -78,7 +77,7 @@ def broker_url(url: str, transport_name: str = "redis") -> str:
     return f"{transport_name}+socket://{credentials}{parts.path}?{urlencode({'virtual_host': query.get('db', '0')})}"
 
 
-def broker_ssl(url: str) -> dict[str, Any] | None:
+def broker_ssl(url: str) -> dict[str, ssl.VerifyMode] | None:
     """Celery checks no certificate unless told to; the worker's own connections do, so the broker's do as well."""
     parts = urlsplit(url)
     if parts.scheme != "rediss" or "ssl_cert_reqs" in parse_qs(parts.query):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ from lamella.cli.follow import echo_figures, follow
 from lamella.cli.jobs import read_prompt
 from lamella.cli.temporary_service import temporary_service
 from lamella.client import Client
-from lamella.errors import JobCancelled, RequestError, ServerError
+from lamella.errors import JobCancelled, JobError, RequestError, ServerError
 from lamella.messages import ChatMessage, check_model_name
 from lamella.request_draft import SubmitOptions
 from lamella.server_url import DEFAULT_URL, URL_VARIABLE
@@ -87,6 +88,8 @@ class _Conversation:
 
     def dialogue(self) -> None:
         """Answer line after line until the end of input."""
+        with suppress(ImportError):
+            importlib.import_module("readline")  # gives `input` its line editing
         typer.echo("Ctrl-C cancels an answer, Ctrl-D ends the chat.", err=True)
         while True:
             try:
@@ -100,6 +103,8 @@ class _Conversation:
                 self.answer(line)
             except JobCancelled:
                 typer.echo("(cancelled)", err=True)
+            except JobError as error:
+                typer.echo(f"error: {error}", err=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 
 import typer
 
@@ -11,6 +12,7 @@ from lamella.client import Client
 from lamella.errors import JobCancelled, JobError, JobFailed
 from lamella.job import Job
 from lamella.messages import Cancelled, Done, Failed, Progress, TokenEvent
+from lamella.stream_order import StreamItem
 
 
 def follow(job: Job, *, after: int, timeout_s: float, cancel_on_interrupt: bool) -> tuple[str, Done | None]:
@@ -23,19 +25,9 @@ def follow(job: Job, *, after: int, timeout_s: float, cancel_on_interrupt: bool)
     texts: list[str] = []
     done: Done | None = None
     try:
-        for item in job.stream(after=after, timeout_s=timeout_s):
-            match item.event:
-                case TokenEvent(text=text):
-                    texts.append(text)
-                    write_text(text)
-                case Progress(prefilled_tokens=read, prompt_tokens=total):
-                    _show_progress(read, total)
-                case Done() as end:
-                    done = end
-                case Failed(code=code, message=message):
-                    raise JobFailed(job.id, code, message)
-                case Cancelled():
-                    raise JobCancelled(job.id)
+        with closing(job.stream(after=after, timeout_s=timeout_s)) as items:
+            for item in items:
+                done = _show(job, item, texts)
     except KeyboardInterrupt:
         if not cancel_on_interrupt:
             raise JobError(job.id, f"interrupted; the job goes on: `lamella stream {job.id}`") from None
@@ -45,6 +37,22 @@ def follow(job: Job, *, after: int, timeout_s: float, cancel_on_interrupt: bool)
         if texts and not texts[-1].endswith("\n"):
             write_text("\n")
     return "".join(texts), done
+
+
+def _show(job: Job, item: StreamItem, texts: list[str]) -> Done | None:
+    match item.event:
+        case TokenEvent(text=text):
+            texts.append(text)
+            write_text(text)
+        case Progress(prefilled_tokens=read, prompt_tokens=total):
+            _show_progress(read, total)
+        case Failed(code=code, message=message):
+            raise JobFailed(job.id, code, message)
+        case Cancelled():
+            raise JobCancelled(job.id)
+        case Done() as done:
+            return done
+    return None
 
 
 def echo_figures(client: Client, job: Job, done: Done) -> None:
