@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tools.ceilings import MAX_FILE_LINES, MAX_FUNCTION_LINES, check, check_file, main
 
 BREACHES = {

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
 from tools.fetch_smollm2 import GGUF_NAME, REQUIREMENT, FetchError, fetch
 
 ROOT = Path(__file__).resolve().parent.parent

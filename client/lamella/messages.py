@@ -238,7 +238,8 @@ class ModelInfo(Wire):
 class WorkerInfo(Wire):
     """A worker's heartbeat, written with a time to live; times are Unix seconds, counters since its start.
 
-    `last_sweep_at` is None until the first sweep; a worker with running jobs and an old `last_sweep_at` is stuck.
+    `last_sweep_at` is None until the first job; while jobs run it is not before the first of them came, so a worker
+    with running jobs and an old `last_sweep_at` is stuck.
     """
 
     name: str

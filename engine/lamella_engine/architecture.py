@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -49,7 +50,7 @@ def load_config(config_dir: Path) -> PretrainedConfig:
         raise CheckpointError(f"{config_dir} has no config.json; give the directory of a transformers checkpoint")
     try:
         return AutoConfig.from_pretrained(config_dir, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(
             f"transformers cannot build this model from {config_dir / 'config.json'}: {first_line}. "

@@ -6,7 +6,7 @@ A script written for airllm runs with its import line changed. What is not effec
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -200,7 +200,7 @@ class AutoModel:
         raise EngineError("the engine was closed while generating")
 
 
-def _sampling(max_new_tokens: int, given: dict[str, Any]) -> Sampling:
+def _sampling(max_new_tokens: int, given: Mapping[str, Any]) -> Sampling:
     known = (
         "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop_strings"
     )  # fmt: skip

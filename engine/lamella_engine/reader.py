@@ -55,8 +55,8 @@ def allocate_host_slot(nbytes: int, *, pinned: bool) -> HostSlot:
 class LayerReader:
     """The thread that fills host slots with layers in sweep order.
 
-    `get` and `give_back` belong to one consumer thread. `start` and `stop` come in pairs and may be repeated: each
-    start begins again at layer 0.
+    `next_filled` and `give_back` belong to one consumer thread. `start` and `stop` come in pairs and may be repeated:
+    each start begins again at layer 0.
     """
 
     def __init__(self, shards: tuple[Shard, ...], num_slots: int, *, pinned: bool) -> None:
@@ -102,7 +102,7 @@ class LayerReader:
         while self._files:
             os.close(self._files.pop())
 
-    def get(self) -> FilledSlot:
+    def next_filled(self) -> FilledSlot:
         """The next layer's bytes, in sweep order.
 
         Raises:

@@ -85,7 +85,7 @@ class HostLayerSlots:
 
     def acquire(self, layer: int) -> BoundSlot:
         """See `LayerSlots`."""
-        filled = self._reader.get()
+        filled = self._reader.next_filled()
         self._held = filled.slot
         _check_order(filled.layer, layer)
         return BoundSlot(id(filled.slot), filled.slot.tensor)
@@ -188,7 +188,7 @@ class CudaLayerSlots:
         torch.cuda.set_device(self._device)
         try:
             while (slot := self._next_free()) is not None:
-                self._copy(self._reader.get(), slot)
+                self._copy(self._reader.next_filled(), slot)
         except Exception as error:  # noqa: BLE001 - raised again by the sweep that waits
             self._ready.put_nowait(error)
 

@@ -62,7 +62,7 @@ async def test_a_job_runs_from_submit_to_result(client: AsyncClient, worker: Act
 async def test_many_streams_share_one_client(client: AsyncClient, worker: ActingWorker) -> None:
     jobs = [await client.submit(str(number)) for number in range(20)]
     results = [asyncio.create_task(job.result(timeout_s=20)) for job in jobs]
-    await asyncio.sleep(0)
+    assert len(await client.jobs(limit=100)) == 20
 
     for number, job in enumerate(jobs):
         worker.run(job.id, str(number))

@@ -39,7 +39,7 @@ def test_layers_arrive_in_order_and_wrap_around(reader: LayerReader) -> None:
 
     seen = []
     for _ in range(12):
-        layer, slot = reader.get()
+        layer, slot = reader.next_filled()
         assert bytes(slot.view[:LAYER_BYTES]) == bytes([layer + 1]) * LAYER_BYTES
         seen.append(layer)
         reader.give_back(slot)
@@ -51,7 +51,7 @@ def test_the_ring_is_filled_ahead_and_no_further(reader: LayerReader) -> None:
     reader.start()
 
     wait_until(lambda: reader._filled.qsize() == 3, 5.0)
-    held = [reader.get() for _ in range(3)]
+    held = [reader.next_filled() for _ in range(3)]
 
     assert [filled.layer for filled in held] == [0, 1, 2]
     assert reader._filled.empty()
@@ -61,10 +61,10 @@ def test_a_shard_cut_short_while_in_use_is_named(reader: LayerReader, shards: tu
     os.truncate(shards[1].path, 5000)
     reader.start()
 
-    reader.give_back(reader.get().slot)
+    reader.give_back(reader.next_filled().slot)
 
     with pytest.raises(ShardError, match="layer-1 ends after"):
-        reader.get()
+        reader.next_filled()
 
 
 def test_a_missing_shard_is_refused_at_once(shards: tuple[Shard, ...]) -> None:
@@ -79,18 +79,18 @@ def test_a_deleted_shard_can_still_be_read_while_open(reader: LayerReader, shard
         shard.path.unlink()
     reader.start()
 
-    assert bytes(reader.get().slot.view[:3]) == b"\1\1\1"
+    assert bytes(reader.next_filled().slot.view[:3]) == b"\1\1\1"
 
 
 def test_stop_and_start_begin_again_at_the_first_layer(reader: LayerReader) -> None:
     reader.start()
-    reader.get()
-    reader.get()
+    reader.next_filled()
+    reader.next_filled()
 
     reader.stop()
     reader.start()
 
-    assert reader.get().layer == 0
+    assert reader.next_filled().layer == 0
 
 
 def test_slots_refuse_a_model_that_skips_a_layer(shards: tuple[Shard, ...]) -> None:

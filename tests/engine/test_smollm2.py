@@ -102,7 +102,7 @@ import json, sys
 import torch, transformers
 from pathlib import Path
 from lamella_engine import AutoModel, ShardStore
-from lamella_engine.sweep import materialise_root
+from lamella_engine.resident import materialise_root
 from lamella_engine import architecture
 from lamella_engine.binding import LayerBinding
 from lamella_engine.reader import read_shard

@@ -2,7 +2,8 @@
 
 Its text is a function of the prompt and the position alone, so a resumed sequence goes on exactly where it was. A
 prompt's first word steers it: ``slow`` reads its prompt for ever, ``crash`` fails every sweep it rides, ``die`` ends
-the process, ``break`` ends the events with an exception, ``bad`` is refused. `hold` stops the sweeps, as a hung kernel would.
+the process, ``break`` ends the events with an exception, ``bad`` is refused. `hold` stops the sweeps, as a hung kernel
+would.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_an_idle_worker_leaves_at_once_and_signs_off(
 
 
 def test_a_drain_does_not_wait_for_a_hung_sweep(client: Client, fleet: ScriptedFleet) -> None:
-    fleet.start("w1", sweep_s=3600.0, drain_s=3.0)
+    fleet.start("w1", sweep_s=3600.0, drain_s=5.0)
     jobs = [submit(client, f"hello {n}", 5) for n in range(2)]
     wait_until(lambda: all(job.status().state is JobState.RUNNING for job in jobs))
 
@@ -71,7 +71,7 @@ def test_a_drain_does_not_wait_for_a_hung_sweep(client: Client, fleet: ScriptedF
     exit_code = fleet.processes["w1"].wait(10)
 
     assert exit_code == 0
-    assert time.monotonic() - began < 4.5
+    assert time.monotonic() - began < 5.0
     assert [job.status().state for job in jobs] == [JobState.QUEUED] * 2
     assert [job.status().attempts for job in jobs] == [0, 0]
 
@@ -183,17 +183,17 @@ def test_a_message_that_was_lost_is_sent_again(
     assert job.result(timeout_s=15).text == scripted_text("hello", 3)
 
 
-@pytest.mark.parametrize("junk", ["junk", "[]", "{}", '{"body": "!", "properties": {"delivery_tag": "t"}}'])
 def test_junk_in_the_queue_does_not_stop_the_worker(
-    client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer, junk: str
+    client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer
 ) -> None:
     fleet.start("w1")
 
     with redis.Redis.from_url(own_server.url, protocol=2) as stranger:
-        stranger.lpush("lamella:generate.tiny", junk)
-    completion = client.generate("hello", model="tiny", max_tokens=3, timeout_s=15)
+        for junk in ("junk", "[]", "{}", '{"body": "!", "properties": {"delivery_tag": "t"}}'):
+            stranger.lpush("lamella:generate.tiny", junk)
+            completion = client.generate("hello", model="tiny", max_tokens=3, timeout_s=15)
+            assert completion.text == scripted_text("hello", 3)
 
-    assert completion.text == scripted_text("hello", 3)
     assert fleet.processes["w1"].poll() is None
 
 
@@ -211,10 +211,10 @@ def test_a_worker_whose_engine_breaks_gives_its_jobs_back_and_ends(client: Clien
 def test_a_worker_without_a_server_waits_for_it_and_still_stops_when_told(
     fleet: ScriptedFleet, own_server: EmbeddedServer
 ) -> None:
-    fleet.start("w1")
+    fleet.start("w1", drain_s=3.0)
     own_server.stop()
-    wait_until(lambda: "Cannot connect" in fleet.log("w1"), 15)
+    wait_until(lambda: "the heartbeat cannot be written" in fleet.log("w1"))
 
     fleet.processes["w1"].terminate()
 
-    assert fleet.processes["w1"].wait(10) in (0, 1)
+    assert fleet.processes["w1"].wait(6) in (0, 1)  # 1: Celery was waiting for the server, so it was ended

@@ -3,7 +3,7 @@
 In the order a job flows through them:
 
 - `cli`, `config`, `log_setup`, `device`: from a command line to settings and a pinned device, before torch is loaded.
-- `process`: one worker put together and taken apart.
+- `process`, `open_engine`, `worker_error`: one worker put together and taken apart.
 - `app`, `transport`, `tasks`: Celery's settings, its broker connection, and the one task, which carries a job id.
 - `session`, `gate`, `sequence_request`, `engine_port`: claim, resume point, entry into the engine, way back.
 - `publisher`, `delivery`, `registry`: each sweep's tokens to Redis, under a fence, again until they are there.

@@ -17,6 +17,7 @@ from lamella_worker.config import WorkerConfig, load_config
 from lamella_worker.device import pin_device
 from lamella_worker.health import check_worker
 from lamella_worker.log_setup import set_up_logging
+from lamella_worker.worker_error import WorkerError
 
 EXIT_CANNOT_SERVE = 1
 EXIT_BAD_SETTING = 2
@@ -102,12 +103,12 @@ def _serve(config: WorkerConfig) -> int:
         typer.echo(f"error: {error}", err=True)
         return EXIT_BAD_SETTING
     try:
-        from lamella_worker.process import WorkerError, serve  # loads torch, which must see the pinned device
+        from lamella_worker.process import serve  # loads the engine's types, and then the engine
+
+        return serve(config, device)
     except ImportError as error:
         typer.echo(f'error: {error}; a worker needs more packages: pip install "lamella[worker]"', err=True)
         return EXIT_CANNOT_SERVE
-    try:
-        return serve(config, device)
     except WorkerError as error:
         log.debug("the worker cannot serve", exc_info=True)
         typer.echo(f"error: {error}", err=True)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
-GIVE_UP_SHARE = 0.6  # of the budget; what is left is for releasing, for Celery and for closing the engine
+GIVE_UP_SHARE = 0.5  # of the budget; what is left is for releasing, for Celery and for closing the engine
 _LOOK_S = 1.0
 
 

@@ -1,7 +1,7 @@
 """One worker process, put together: engine, session, threads, Celery; and taken apart in the opposite order.
 
-Owns the lifetimes. Imported only after the device is pinned, because it loads the engine. `cli` calls `serve` and
-turns its result into an exit code.
+Owns the lifetimes. Imported only after the device is pinned, because it speaks the engine's types. `cli` calls `serve`
+and turns its result into an exit code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from celery import signals
 from celery.apps.worker import Worker
 
 from lamella.keys import Keys, queue_name
-from lamella_engine import Engine, EngineOptions
 from lamella_engine.errors import EngineError
 from lamella_worker.app import make_app
 from lamella_worker.config import WorkerConfig
@@ -41,10 +40,6 @@ RECONCILER_TIMEOUT_S = 2.0
 JOIN_S = 3.0
 
 
-class WorkerError(Exception):
-    """The worker cannot serve; the message says what, why and what to do."""
-
-
 class LamellaWorker(Worker):  # type: ignore[misc]  # celery publishes no types
     """Celery's worker without its banner, its logging set-up and its signal handlers, which are ours."""
 
@@ -61,37 +56,12 @@ def serve(config: WorkerConfig, device: PinnedDevice) -> int:
     Raises:
         WorkerError: the engine cannot open. Nothing was taken from the queue.
     """
+    from lamella_worker.open_engine import open_engine  # the one place that loads torch
+
     log.info("lamella worker %s, pid %d", version("lamella"), os.getpid())
     log.info("model %s", config.worker.model)
     log.info("device %s (%s)", device.label, device.why)
-    engine = open_engine(config, device)
-    return serve_engine(engine, config, device)
-
-
-def open_engine(config: WorkerConfig, device: PinnedDevice) -> Engine:
-    """Open the engine, building the model's shards if the store lacks them.
-
-    Raises:
-        WorkerError: it cannot open.
-    """
-    table = config.engine
-    try:
-        options = EngineOptions(
-            store=table.store,
-            device=device.engine_device,
-            dtype=table.dtype,
-            max_sequences=table.max_sequences,
-            sweep_tokens=table.sweep_tokens,
-            kv_tokens=table.kv_tokens,
-            ring_slots=table.ring_slots,
-            offline=table.offline,
-        )
-        return Engine.open(config.worker.model, options)
-    except EngineError as error:
-        raise WorkerError(f"cannot serve {config.worker.model}: {error}") from error
-    except (OSError, MemoryError, RuntimeError) as error:
-        # The device or the disk refused in its own words; torch's out-of-memory error is a RuntimeError.
-        raise WorkerError(f"cannot serve {config.worker.model}: {type(error).__name__}: {error}") from error
+    return serve_engine(open_engine(config, device), config, device)
 
 
 def worker_name(config: WorkerConfig, device: PinnedDevice) -> str:

@@ -1,0 +1,20 @@
+"""Reads built shards back in tests, the way any other program would."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import safe_open
+
+from lamella_engine import architecture
+from lamella_engine.shard import ShardedModel
+
+
+def stored_weights(model: ShardedModel) -> dict[str, torch.Tensor]:
+    """All tensors of a built model under their full native names, read by safetensors itself."""
+    built = architecture.build(architecture.load_config(model.directory), torch.float32)
+    weights = {}
+    prefixes = ["", *(f"{built.layers_path}.{index}." for index in range(len(model.layers)))]
+    for prefix, shard in zip(prefixes, (model.root, *model.layers), strict=True):
+        with safe_open(shard.path, "pt") as file:
+            weights.update({prefix + spec.name: file.get_tensor(spec.name) for spec in shard.tensors})
+    return weights
