@@ -2,9 +2,11 @@
 
 In the order data flows through them:
 
-- `names`, `hub`, `checkpoint`, `safetensors_header`, `gguf_checkpoint`: where a model comes from.
+- `names`, `hub`, `weight_source`, `safetensors_header`, `checkpoint`, `gguf_header`, `gguf_checkpoint`: where a model
+  comes from.
 - `architecture`: the module tree without weights, and whether it can run here.
-- `convert`, `shard`, `shard_writer`, `shard_builder`, `manifest`, `shard_store`: one file per layer, built once.
+- `convert`, `shard`, `shard_writer`, `shard_builder`, `manifest`, `shard_check`, `model_lock`, `shard_store`: one file
+  per layer, built once, checked whenever it is opened.
 - `inspection`: what a model is, from config and headers alone.
 - `reader`, `slots`, `binding`: a layer's bytes from disk to the parameters that compute.
 - `packing`, `attention`, `kv_cache`, `sweep`: one pass over all layers for all sequences together.

@@ -57,7 +57,9 @@ StoredName = Annotated[str, typer.Argument(help="The model's name in the store, 
 def list_models(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the models in the store."""
     with _plain_errors():
-        manifests = _store(store).list()
+        manifests, damaged = _store(store).list(), _store(store).damaged()
+    for error in damaged:
+        typer.echo(f"warning: {error}", err=True)
     if as_json:
         typer.echo(json.dumps([_summary(manifest) for manifest in manifests], indent=2))
     elif not manifests:

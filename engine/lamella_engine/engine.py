@@ -74,6 +74,7 @@ class Engine:
         self._outbox: queue.Queue[SweepEvents] = queue.Queue(maxsize=MAX_UNDELIVERED)
         self._sweeps = self._tokens = self._streamed_bytes = 0
         self._last_sweep_at: float | None = None
+        self._failure: Exception | None = None  # what ended the sweep thread before its time
         self._thread = threading.Thread(target=self._run, name="lamella-sweep", daemon=True)
         self._thread.start()
 
@@ -164,8 +165,12 @@ class Engine:
         """Batches of events, one a sweep, for one consumer; an empty one after `poll_s` seconds of silence.
 
         Ends when the engine is closed. Two batches not taken stall the sweeps, so a slow consumer loses nothing.
+
+        Raises:
+            EngineError: the sweep thread died; the engine can only be closed.
         """
         while not self._stop.is_set():
+            self._check_alive()
             try:
                 yield self._outbox.get(timeout=poll_s)
             except queue.Empty:
@@ -184,6 +189,11 @@ class Engine:
     def _check_open(self) -> None:
         if self._stop.is_set():
             raise EngineClosed("the engine is closed; open it again with Engine.open")
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"the engine failed and must be opened again: {self._failure}") from self._failure
 
     def _make_sequence(self, request: SequenceRequest) -> Sequence:
         prompt_ids = self._prompt_ids(request)
@@ -220,6 +230,13 @@ class Engine:
         return ids
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            logger.exception("the sweep thread died")
+            self._failure = error
+
+    def _serve(self) -> None:
         while not self._stop.is_set():
             events = self._join_and_leave()
             self._scheduler.admit()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _Array = numpy.ndarray[Any, Any]
-_TYPED = {"F32": numpy.float32, "F16": numpy.float16}
+_EXPAND_BYTES = 1 << 24  # expanded at a time
 
 
 class GgufCheckpoint:
@@ -147,19 +148,24 @@ class GgufCheckpoint:
                     made[target] = torch.from_numpy(numpy.ascontiguousarray(result.weights))
             return made
 
-        elements = sum(int(numpy.prod(tensor.shape)) for tensor in tensors)
+        elements = sum(math.prod(tensor.shape) for tensor in tensors)
         shape = tensors[0].shape
         if target in native and native[target].numel() == elements:
             shape = tuple(native[target].shape)
         return Conversion((TensorShape(target, "float32", shape),), tuple(tensor.name for tensor in tensors), run)
 
     def _expand(self, tensor: GgufTensor) -> _Array:
-        raw = read_bytes(self.path, tensor.start, tensor.nbytes).numpy()
-        typed = _TYPED.get(tensor.block_type.name)
-        if typed is not None:
-            return gguf.dequantize(raw.view(typed).reshape(tensor.shape), tensor.block_type)
-        rows = raw.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.block_type))
-        return gguf.dequantize(rows, tensor.block_type)
+        """The tensor's values as float32, a few rows at a time: blocks never reach over the end of a row."""
+        columns = tensor.shape[-1] if tensor.shape else 1
+        rows = math.prod(tensor.shape) // columns
+        row_bytes = tensor.nbytes // rows
+        values = numpy.empty((rows, columns), dtype=numpy.float32)
+        step = max(1, _EXPAND_BYTES // values[0].nbytes)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            raw = read_bytes(self.path, tensor.start + first * row_bytes, (last - first) * row_bytes)
+            values[first:last] = gguf.dequantize(raw.numpy().reshape(-1, row_bytes), tensor.block_type)
+        return values.reshape(tensor.shape)
 
     def _through_transformers(self, what: str, call: Callable[[], T]) -> T:
         try:

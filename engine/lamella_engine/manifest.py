@@ -111,15 +111,15 @@ def read_manifest(directory: Path) -> Manifest | None:
         ShardError: the manifest is damaged, or of another format version.
     """
     path = directory / MANIFEST_FILE
+    name = model_name(directory)
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, f"it cannot be read ({error})", model_name(directory)) from error
+        raise damaged(path, f"it cannot be read ({error})", name) from error
     if not isinstance(parsed, dict):
-        raise damaged(path, "it is not a JSON object", model_name(directory))
-    name = str(parsed.get("name"))
+        raise damaged(path, "it is not a JSON object", name)
     if parsed.get("format_version") != FORMAT_VERSION:
         raise damaged(path, f"it has format {parsed.get('format_version')!r}, this is {FORMAT_VERSION}", name)
     try:

@@ -1,13 +1,16 @@
 """Chooses the next token of each sequence from the logits of a sweep.
 
-Order of steps, as in transformers: penalties, temperature, top-k, top-p, min-p, draw. The draw uses one uniform
-number that is a function of (seed, position) alone, turned into a token by the inverse of the cumulative distribution
-in order of probability, so that batching, resuming and the device do not change it.
+Order of steps, as in transformers: penalties, temperature, top-k, top-p, min-p, draw. The draw is the Gumbel-max
+trick with noise that is a function of (seed, position, token) alone, so that batching, resuming and the device do not
+change it. Logits differ in their last bits between a prefill and a decoding sweep; with this draw such a difference
+matters only where the two best sums are as close as that, however large the vocabulary. (Inverting the cumulative
+distribution with one number a position changed 1 of 36 resumed runs of a tiny model, this one none of 36.)
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +56,30 @@ def sample(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
     return choices
 
 
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) drawn at `position` (generated tokens so far) under `seed`; equal on every machine."""
+def gumbel_noise(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise for `token_ids` (int64) at `position` (generated tokens so far); float64, same shape.
+
+    Each number is a hash of (seed, position, token): splitmix64's finaliser (Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", 2014) over a keyed start.
+    """
     digest = hashlib.blake2b(position.to_bytes(8, "little"), digest_size=8, key=seed.to_bytes(16, "little")).digest()
-    return (int.from_bytes(digest, "little") >> 11) / float(1 << 53)
+    start = int.from_bytes(digest, "little", signed=True)
+    bits = (token_ids + 1) * _signed(0x9E3779B97F4A7C15) + start
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(0x94D049BB133111EB)
+    bits = bits ^ _shift_right(bits, 31)
+    uniform = (_shift_right(bits, 11).double() + 0.5) / float(1 << 53)
+    return -torch.log(-torch.log(uniform))
+
+
+def _signed(constant: int) -> int:
+    """The 64-bit pattern of `constant` as torch's signed type writes it; its products wrap as unsigned ones do."""
+    return constant - (1 << 64)
+
+
+def _shift_right(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """Shift without copying the sign."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
 def _not_finite() -> SequenceError:
@@ -89,17 +112,15 @@ def _penalise(row: torch.Tensor, draw: Draw) -> torch.Tensor:
 def _draw_token(row: torch.Tensor, sampling: Sampling, position: int) -> int:
     """Draw from `row` (float32 [vocabulary]) after temperature, top-k, top-p and min-p."""
     assert sampling.seed is not None, "the engine checks that a random sequence has a seed"
-    scores, order = _candidates(row / sampling.temperature, sampling)
-    # The few candidates are weighed on the CPU in float64, so that the draw is the same for every device.
-    probabilities = scores.double().cpu().softmax(-1)
+    scores, token_ids = _candidates(row / sampling.temperature, sampling)
     if sampling.top_p < 1.0 and sampling.top_k is not None:
-        probabilities = probabilities[: _nucleus(probabilities, sampling.top_p)]
+        keep = _nucleus(scores.double().softmax(-1), sampling.top_p)
+        scores, token_ids = scores[:keep], token_ids[:keep]
     if sampling.min_p > 0.0:
-        probabilities = torch.where(probabilities < sampling.min_p * probabilities.max(), 0.0, probabilities)
-    cumulative = probabilities.cumsum(-1)
-    target = uniform(sampling.seed, position) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64), right=True))
-    return int(order[min(index, int(probabilities.nonzero()[-1]))])
+        scores = scores.where(scores >= scores.max() + math.log(sampling.min_p), -math.inf)
+    token_ids = token_ids.cpu()
+    drawn = scores.double().cpu() + gumbel_noise(sampling.seed, position, token_ids)
+    return int(token_ids[drawn.argmax()])
 
 
 def _candidates(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:

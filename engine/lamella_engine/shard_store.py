@@ -208,7 +208,7 @@ class ShardStore:
         if isinstance(model, str) and names.is_model_name(model) and self._is_published(model):
             return _Wanted(model, None, dtype)
         path = Path(os.path.expanduser(model))
-        if isinstance(model, Path) or os.path.exists(path):
+        if isinstance(model, Path) or (model and os.path.exists(path)):
             return _Wanted(names.name_from_path(path), path, dtype)
         return _Wanted(names.check_model_name(model), None, dtype)
 

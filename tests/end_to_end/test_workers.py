@@ -47,7 +47,8 @@ def test_a_drained_workers_jobs_go_on_elsewhere_with_their_attempts_unchanged(
     client: Client, fleet: Fleet, pair: list[str]
 ) -> None:
     prompts = [f"Chapter {number}." for number in range(6)]
-    undisturbed = [client.generate(p, model=PAIR, timeout_s=60, **GREEDY).text for p in prompts]
+    calm = [client.submit(prompt, model=PAIR, **GREEDY) for prompt in prompts]
+    undisturbed = [job.result(timeout_s=60).text for job in calm]
     jobs = [client.submit(prompt, model=PAIR, **GREEDY) for prompt in prompts]
     wait_until(lambda: all(job.status().events > 5 for job in jobs))
     holders = [job.status().worker for job in jobs]

@@ -18,3 +18,17 @@ def stored_weights(model: ShardedModel) -> dict[str, torch.Tensor]:
         with safe_open(shard.path, "pt") as file:
             weights.update({prefix + spec.name: file.get_tensor(spec.name) for spec in shard.tensors})
     return weights
+
+
+class Steps:
+    """A progress callback that remembers (phase, bytes done, bytes in all)."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+
+    def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None:
+        self.calls.append((phase, done_bytes, total_bytes))
+
+    @property
+    def phases(self) -> set[str]:
+        return {call[0] for call in self.calls}

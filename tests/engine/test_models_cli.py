@@ -63,6 +63,18 @@ def test_list_shows_each_model_in_a_row(tiny: str) -> None:
     assert lines[1].split()[:4] == [tiny, "llama", "4", "float32"]
 
 
+def test_list_tells_of_a_damaged_model_and_shows_the_others(tiny: str, root: Path, tiny_llama_dir: Path) -> None:
+    ShardStore(root).ensure("broken", source=tiny_llama_dir)
+    (root / "broken" / "manifest.json").write_text("{")
+
+    listed = run("list")
+
+    assert listed.exit_code == 0
+    assert listed.stdout.splitlines()[1].split()[0] == tiny
+    assert "warning: " in listed.stderr
+    assert "lamella models remove broken" in listed.stderr
+
+
 def test_list_as_json(tiny: str, root: Path) -> None:
     rows = json.loads(run("list", "--json").stdout)
 

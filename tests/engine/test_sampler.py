@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lamella_engine.sampler import Draw, sample, uniform
+from lamella_engine.sampler import Draw, gumbel_noise, sample
 from lamella_engine.sequence_types import Sampling
 
 VOCABULARY = 1000
@@ -60,12 +61,29 @@ def test_a_draw_changes_with_position_and_seed(logits: torch.Tensor) -> None:
     assert len(tokens) > 20
 
 
-def test_uniform_numbers_are_uniform() -> None:
-    numbers = [uniform(seed, position) for seed in range(50) for position in range(50)]
+def test_noise_is_gumbel_noise() -> None:
+    noise = torch.cat([gumbel_noise(seed, position, torch.arange(500)) for seed in range(10) for position in range(10)])
 
-    assert all(0 <= number < 1 for number in numbers)
-    assert abs(sum(numbers) / len(numbers) - 0.5) < 0.02
-    assert len(set(numbers)) == len(numbers)
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.05)
+    assert len(set(noise.tolist())) == len(noise)
+
+
+def test_noise_of_a_token_does_not_depend_on_the_others() -> None:
+    whole = gumbel_noise(7, 3, torch.arange(100))
+
+    assert torch.equal(gumbel_noise(7, 3, torch.tensor([42, 5])), whole[[42, 5]])
+
+
+def test_a_draw_survives_rounding_in_the_logits() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(500, 50_000, generator=generator)
+    draws = [draw(Sampling(temperature=1.0, seed=seed)) for seed in range(500)]
+
+    tokens = [choice.token_id for choice in sample(rows, draws)]
+    again = [choice.token_id for choice in sample(rows * (1 + 1e-6), draws)]
+
+    assert sum(a != b for a, b in zip(tokens, again, strict=True)) <= 1
 
 
 def test_draws_follow_the_probabilities() -> None:

@@ -17,7 +17,9 @@
 local queued = redis.call('LLEN', KEYS[4])
 if ARGV[9] ~= '' then
   local prior = redis.call('HMGET', KEYS[5], 'job', 'hash')
-  if prior[1] then
+  -- A key outlives its job's record; then it stands for nothing and the job is made anew.
+  local job_prefix = string.sub(KEYS[1], 1, -1 - #ARGV[1])
+  if prior[1] and redis.call('EXISTS', job_prefix .. prior[1]) == 1 then
     if prior[2] == ARGV[9] then return {'exists', prior[1], queued} end
     return {'conflict', prior[1], queued}
   end
