@@ -6,6 +6,7 @@ Owns the decision whether a family can run in the packed sweep. Neighbours: `che
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +74,28 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
             "use a text-generation checkpoint"
         ) from error
     model.eval()
+    _keep_in_float32(model, dtype)
     _check_packable(model)
     path, layers = _find_layers(model)
     return Architecture(model, model.config.get_text_config(), path, layers)
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the weights that transformers never loads in half precision (router biases, some norms) their own type."""
+    parts = [part for part, kept in model._get_dtype_plan(dtype).items() if kept is torch.float32]
+    pattern = re.compile(r"(^|\.)(" + "|".join(parts) + r")(\.|$)")
+    if not parts:
+        return
+    for path, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for leaf, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and pattern.search(f"{path}.{leaf}"):
+                    tensors[leaf] = _retyped(tensor)
+
+
+def _retyped(tensor: torch.Tensor) -> torch.Tensor:
+    made = tensor.detach().to(torch.float32)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def sliding_windows(config: PretrainedConfig, num_layers: int) -> tuple[int | None, ...]:
