@@ -208,10 +208,10 @@ def _described(facts: ModelFacts) -> list[tuple[str, str]]:
 
 def _fit(card: CardFit, facts: ModelFacts) -> str:
     if not card.runs:
-        return "does not fit: too small for what lies outside the layers and three layers"
+        return "does not run: too small for what lies outside the layers, one layer and 2048 tokens of keys and values"
     if card.resident_layers == facts.num_layers:
-        return "fits whole, nothing streams"
-    return f"streams; {card.resident_layers} of {facts.num_layers} layers could stay resident"
+        return "runs; there is room for the whole model"
+    return f"runs; beside the layers on their way there is room for {card.resident_layers} of {facts.num_layers}"
 
 
 def _span(low: int, high: int) -> str:

@@ -252,7 +252,12 @@ class ShardStore:
                 f"`lamella models pull {name}` or `lamella models import {name} PATH`."
             )
         repository, _ = names.split_revision(name)
-        pinned = hub.fetch_config(name, hub_token)
+        try:
+            pinned = hub.fetch_config(name, hub_token)
+        except ModelError as error:
+            if type(error) not in (ModelError, ModelNotFound):
+                raise
+            raise type(error)(f"{self._not_found(name)}, and fetching it failed: {error}") from error
         architecture.build(architecture.load_config(pinned.directory), torch.float32)
         snapshot = hub.download(f"{repository}@{pinned.revision}", token=hub_token, progress=progress)
         source = DirectoryCheckpoint.open(snapshot.directory)

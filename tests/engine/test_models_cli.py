@@ -90,7 +90,7 @@ def test_inspect_prints_what_fits_where(tiny: str, tiny_llama_dir: Path, is_stor
     shown = run("inspect", tiny if is_stored else tiny_llama_dir)
 
     assert shown.exit_code == 0
-    for words in ("llama", "float32", "512 tokens", "1.0 KiB a token", "4.0 GiB", "fits whole"):
+    for words in ("llama", "float32", "512 tokens", "1.0 KiB a token", "4.0 GiB", "room for the whole model"):
         assert words in shown.stdout
 
 
