@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from lamella_engine.shard import Shard
 READ_BYTES = 8 * 1024 * 1024  # one preadv call; large enough that the system call does not show
 STALL_S = 120.0  # a read slower than this is a broken disk
 _POLL_S = 0.2  # how soon a waiting thread notices that it should stop
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -125,7 +127,7 @@ class LayerReader:
         try:
             while not self._stop.is_set():
                 for layer in range(len(self._shards)):
-                    slot = self._next_free()
+                    slot = take_until_stopped(self._free, self._stop)
                     if slot is None:
                         return
                     if slot.copied is not None:
@@ -137,13 +139,15 @@ class LayerReader:
         except Exception as error:  # noqa: BLE001 - raised again by the sweep that waits
             self._filled.put_nowait(error)
 
-    def _next_free(self) -> HostSlot | None:
-        while not self._stop.is_set():
-            try:
-                return self._free.get(timeout=_POLL_S)
-            except queue.Empty:
-                continue
-        return None
+
+def take_until_stopped(waiting: queue.Queue[Item], stop: threading.Event) -> Item | None:
+    """The next of `waiting`, however long it takes to come; None once `stop` is set."""
+    while not stop.is_set():
+        try:
+            return waiting.get(timeout=_POLL_S)
+        except queue.Empty:
+            continue
+    return None
 
 
 def _open_shard(shard: Shard) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from lamella_engine.device import free_memory_bytes
 from lamella_engine.errors import DeviceError, EngineError
-from lamella_engine.reader import STALL_S, FilledSlot, HostSlot, LayerReader
+from lamella_engine.reader import STALL_S, FilledSlot, HostSlot, LayerReader, take_until_stopped
 from lamella_engine.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 MAX_DEVICE_SLOTS = 2  # one computes while the other is filled
 _SLOTS_SHARE = 0.8  # of the free device memory that two slots may take; the rest is for keys, values and activations
 _ONE_SLOT_SHARE = 0.9
-_POLL_S = 0.2
 
 
 class BoundSlot(NamedTuple):
@@ -122,10 +121,10 @@ class CudaLayerSlots:
     def __init__(self, shards: tuple[Shard, ...], ring_slots: int, device: torch.device) -> None:
         self._device = device
         self._nbytes = [shard.nbytes for shard in shards]
-        self._reader = LayerReader(shards, ring_slots, pinned=True)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch leaves it without types
         count = num_device_slots(max(self._nbytes), device)
         self._slots = [_DeviceSlot(max(self._nbytes), device) for _ in range(count)]
+        self._reader = LayerReader(shards, ring_slots, pinned=True)
         self._stop = threading.Event()
         self._held: _DeviceSlot | None = None
         self._start()
@@ -185,20 +184,12 @@ class CudaLayerSlots:
         torch.cuda.synchronize(self._device)
 
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
         try:
-            while (slot := self._next_free()) is not None:
+            torch.cuda.set_device(self._device)
+            while (slot := take_until_stopped(self._free, self._stop)) is not None:
                 self._copy(self._reader.next_filled(), slot)
         except Exception as error:  # noqa: BLE001 - raised again by the sweep that waits
             self._ready.put_nowait(error)
-
-    def _next_free(self) -> _DeviceSlot | None:
-        while not self._stop.is_set():
-            try:
-                return self._free.get(timeout=_POLL_S)
-            except queue.Empty:
-                continue
-        return None
 
     def _copy(self, filled: FilledSlot, slot: _DeviceSlot) -> None:
         nbytes = self._nbytes[filled.layer]
