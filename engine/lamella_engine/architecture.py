@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -117,6 +118,11 @@ def _check_packable(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             f"family {family!r} has layers of kind {', '.join(sorted(unknown))}, which the packed sweep cannot run; "
             "use a model whose layers are full or sliding-window attention"
+        )
+    if "position_ids" not in signature(model.forward).parameters:
+        raise UnsupportedModel(
+            f"family {family!r} takes no position ids, which the packed sweep needs; "
+            "use a family that does, such as llama, qwen3, mistral, gemma3 or gpt_oss"
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModel(

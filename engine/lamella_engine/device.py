@@ -41,15 +41,25 @@ def free_memory_bytes(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         share = int(total * torch.cuda.memory.get_per_process_memory_fraction(device))
         return min(int(free), share - torch.cuda.memory_reserved(device))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Free pages would leave out the file cache, which the streamed shards fill and which gives way.
+    available = _proc_bytes("/proc/meminfo", "MemAvailable:")
+    return available or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_rss_bytes() -> int:
     """The most memory this process has had resident so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # rusage would count what the parent had when it forked, too
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
+    # Resource usage would count what the parent had when it forked, too.
+    if (high_water := _proc_bytes("/proc/self/status", "VmHWM:")) is not None:
+        return high_water
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _proc_bytes(path: str, field: str) -> int | None:
+    """A field of a file under /proc that is given in kB; None where there is no such file or field."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    values = [line.split()[1] for line in lines if line.startswith(field)]
+    return int(values[0]) * 1024 if values else None

@@ -43,6 +43,7 @@ from lamella_engine.text import TextCodec, end_token_ids, load_codec
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1024  # sequences that may wait for room; one more is refused
+NO_CONTEXT_LIMIT = 1 << 20  # tokens, for families whose config names no limit; the cache sets one then
 MAX_UNDELIVERED = 2  # batches of events nobody took yet; then the sweep stalls
 CLOSE_S = 150.0
 _POLL_S = 0.2
@@ -61,7 +62,7 @@ class Engine:
     def __init__(self, model: SweepModel, codec: TextCodec | None, options: EngineOptions) -> None:
         self._model = model
         self.codec = codec
-        self._context_length = int(model.config.max_position_embeddings)
+        self._context_length = int(getattr(model.config, "max_position_embeddings", None) or NO_CONTEXT_LIMIT)
         self.end_token_ids = end_token_ids(model.sharded.directory, model.config, codec)
         self._cache = KVCache(_kv_tokens(model, options, self._context_length), model.device)
         self._scheduler = Scheduler(self._cache, options.max_sequences, options.sweep_tokens)

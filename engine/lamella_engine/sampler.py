@@ -112,7 +112,7 @@ def _penalise(row: torch.Tensor, draw: Draw) -> torch.Tensor:
 def _draw_token(row: torch.Tensor, sampling: Sampling, position: int) -> int:
     """Draw from `row` (float32 [vocabulary]) after temperature, top-k, top-p and min-p."""
     assert sampling.seed is not None, "the engine checks that a random sequence has a seed"
-    scores, token_ids = _candidates(row / sampling.temperature, sampling)
+    scores, token_ids = _candidates(row.double() / sampling.temperature, sampling)
     if sampling.top_p < 1.0 and sampling.top_k is not None:
         keep = _nucleus(scores.double().softmax(-1), sampling.top_p)
         scores, token_ids = scores[:keep], token_ids[:keep]

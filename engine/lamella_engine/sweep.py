@@ -6,6 +6,7 @@ arrive and let go when it has run. `Model.forward` of transformers is kept as it
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class SweepModel:
         self.family = built.family
         self._model = built.model
         self._model.set_attn_implementation(IMPLEMENTATION)
+        self._keeps_rows = "logits_to_keep" in signature(self._model.forward).parameters
         self._windows = architecture.sliding_windows(built.config, len(built.layers))
         self._layers_run = 0
         self._is_interrupted = False  # a sweep failed half-way, the slots are not at the first layer
@@ -69,13 +71,13 @@ class SweepModel:
                 input_ids=pack.input_ids,
                 position_ids=pack.position_ids,
                 use_cache=False,
-                logits_to_keep=pack.last_rows,
+                **({"logits_to_keep": pack.last_rows} if self._keeps_rows else {}),
             )
             if self._layers_run != len(self._bindings):
                 raise EngineError(f"the model ran {self._layers_run} of its {len(self._bindings)} layers in this sweep")
-            logits: torch.Tensor = output.logits[0].float()
+            logits: torch.Tensor = output.logits[0] if self._keeps_rows else output.logits[0, pack.last_rows]
         self._is_interrupted = False
-        return logits
+        return logits.float()
 
     @property
     def streamed_bytes_per_sweep(self) -> int:
