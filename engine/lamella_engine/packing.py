@@ -80,7 +80,6 @@ class PackedSweep:
         ordered = [spans[index] for index in self.order]
         self._singles = [span for span in ordered if len(span.token_ids) == 1]
         self.num_single = len(self._singles)
-        self.num_tokens = sum(len(span.token_ids) for span in ordered)
         ids = [token for span in ordered for token in span.token_ids]
         positions = [position for span in ordered for position in range(span.start, span.end)]
         self.input_ids = torch.tensor([ids], device=device)

@@ -28,12 +28,14 @@ class SweepModel:
 
     Attributes:
         sharded: the shards it runs from.
+        streamed_bytes_per_sweep: weight bytes that one sweep reads from them.
         device, dtype: where and in which type it computes.
         config: the text model's transformers config.
     """
 
     def __init__(self, sharded: ShardedModel, device: torch.device, dtype: str | None, ring_slots: int) -> None:
         self.sharded = sharded
+        self.streamed_bytes_per_sweep = sum(shard.nbytes for shard in sharded.layers)
         self.device = device
         self.dtype = TORCH_DTYPES[dtype or sharded.dtype]
         built = architecture.build(architecture.load_config(sharded.directory), self.dtype)
@@ -49,8 +51,8 @@ class SweepModel:
         self._bindings = [LayerBinding(layer, shard) for layer, shard in zip(built.layers, sharded.layers, strict=True)]
         self._slots = open_layer_slots(sharded.layers, ring_slots, device)
         for index, layer in enumerate(built.layers):
-            layer.register_forward_pre_hook(self._arrive(index), with_kwargs=True)
-            layer.register_forward_hook(self._leave(index), with_kwargs=True)
+            layer.register_forward_pre_hook(self._arrive(index))
+            layer.register_forward_hook(self._leave(index))
 
     def run(self, pack: PackedSweep, cache: KVCache) -> torch.Tensor:
         """Run one sweep, from the first layer whatever became of the one before.
@@ -79,11 +81,6 @@ class SweepModel:
         self._is_interrupted = False
         return logits.float()
 
-    @property
-    def streamed_bytes_per_sweep(self) -> int:
-        """Weight bytes that one sweep reads from the shards."""
-        return sum(shard.nbytes for shard in self.sharded.layers)
-
     def close(self) -> None:
         """Stop reading and drop the weights; idempotent."""
         self._slots.close()
@@ -93,13 +90,13 @@ class SweepModel:
     def _arrive(self, index: int) -> Any:
         binding = self._bindings[index]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, object]) -> None:
+        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
             binding.bind(self._slots.acquire(index))
 
         return hook
 
     def _leave(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, object], output: object) -> None:
+        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             self._slots.release()
             self._layers_run += 1
 

@@ -9,5 +9,5 @@ In the order a job flows through them:
 - `publisher`, `delivery`, `registry`: each sweep's tokens to Redis, under a fence, again until they are there.
 - `running_job`, `job_table`: what all of these know of a job.
 - `lease_keeper`, `lease`, `reconciler`: leases of jobs, leases of deliveries, and jobs that nobody works on.
-- `heartbeat`, `health`, `monitor`, `drain`: signs of life, those who look at them, and the end.
+- `heartbeat`, `health`, `monitor`, `drain`: signs of life, those who look at them, and the end; `stoppable_thread`.
 """

@@ -21,6 +21,7 @@ from lamella.keys import HEARTBEAT_S, WORKER_TTL_S, Keys
 from lamella.messages import ModelInfo, WorkerInfo
 from lamella_engine.sequence_types import EngineCounters, EngineFacts
 from lamella_worker.job_table import JobTable
+from lamella_worker.stoppable_thread import StoppableThread
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,7 @@ class Heartbeat:
         self._keys = keys
         self._name = name
         self._info = info
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread = StoppableThread("heartbeat", self._run)
         self._is_away = False
 
     def start(self) -> None:
@@ -110,9 +110,7 @@ class Heartbeat:
 
     def stop(self, timeout_s: float) -> None:
         """Stop, and take the worker off the list; waits at most `timeout_s` seconds."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+        self._thread.stop(timeout_s)
 
     def beat(self) -> None:
         """Write one heartbeat.
@@ -126,9 +124,9 @@ class Heartbeat:
             pipe.zadd(self._keys.workers, {self._name: int(info.heartbeat_at * 1000)})
             pipe.execute()
 
-    def _run(self) -> None:
+    def _run(self, stop: threading.Event) -> None:
         is_first = True
-        while is_first or not self._stop.wait(HEARTBEAT_S):
+        while is_first or not stop.wait(HEARTBEAT_S):
             is_first = False
             try:
                 self.beat()

@@ -13,6 +13,7 @@ import time
 from lamella_worker.delivery import Delivery
 from lamella_worker.job_table import JobTable
 from lamella_worker.registry import RegistryAway
+from lamella_worker.stoppable_thread import StoppableThread
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,7 @@ class LeaseKeeper:
         self._table = table
         self._delivery = delivery
         self._interval_s = min(lease_s / 6, LONGEST_INTERVAL_S)  # looks twice as often as it must renew
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lease-keeper", daemon=True)
+        self._thread = StoppableThread("lease-keeper", self._run)
         self._is_away = False
 
     def start(self) -> None:
@@ -36,12 +36,10 @@ class LeaseKeeper:
 
     def stop(self, timeout_s: float) -> None:
         """Stop renewing; waits at most `timeout_s` seconds for a renewal under way."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+        self._thread.stop(timeout_s)
 
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval_s):
+    def _run(self, stop: threading.Event) -> None:
+        while not stop.wait(self._interval_s):
             try:
                 self.renew_quiet_jobs()
             except Exception:
