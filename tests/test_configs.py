@@ -86,13 +86,13 @@ def _server(directory: Path, *settings: str) -> Iterator[redis.Redis]:
     )
     try:
         wait_until(lambda: socket.exists() or process.poll() is not None)
-        assert process.poll() is None, process.communicate(timeout=5)[0]
+        assert process.poll() is None, process.communicate(timeout=40)[0]
         client = redis.Redis(unix_socket_path=str(socket), protocol=2, decode_responses=True)
         yield client
         client.close()
     finally:
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=40)
 
 
 def test_server_config_keeps_everything(tmp_path: Path) -> None:

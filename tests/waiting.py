@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], deadline_s: float = 10.0, every_s: float = 0.02) -> T:
+def wait_until(condition: Callable[[], T], deadline_s: float = 40.0, every_s: float = 0.02) -> T:
     """Return the first truthy value of `condition`; fail after `deadline_s`."""
     deadline = time.monotonic() + deadline_s
     pause = threading.Event()

@@ -8,13 +8,14 @@ from typing import TypeVar
 
 import redis
 
-from lamella.keys import DEFAULT_PREFIX, WORKER_TTL_S, Keys
+from lamella.keys import DEFAULT_PREFIX, Keys
 from lamella.messages import Done, Failed, ModelInfo, TerminalEvent, TokenEvent, Usage, WorkerInfo
 from lamella.registry_calls import ClaimReply, EmitReply, ScriptCall, claim_call, emit_call, script_source
 
 Reply = TypeVar("Reply")
 
 MODEL = "tiny/model"
+ANNOUNCED_S = 600  # no heartbeat follows, and a test machine may stand still for a while
 
 
 def call(client: redis.Redis, script_call: ScriptCall[Reply]) -> Reply:
@@ -69,7 +70,7 @@ class ActingWorker:
             streamed_bytes=0,
             peak_rss_bytes=123_000_000,
         )
-        self.redis.set(self.keys.worker(self.name), info.model_dump_json(), ex=WORKER_TTL_S)
+        self.redis.set(self.keys.worker(self.name), info.model_dump_json(), ex=ANNOUNCED_S)
         self.redis.zadd(self.keys.workers, {self.name: now * 1000})
         return info
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.client.acting_worker import ActingWorker
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -17,8 +18,7 @@ def serving() -> Iterator[Callable[..., None]]:
 
     def serve_one(worker: ActingWorker, *texts: str) -> None:
         def serve() -> None:
-            popped = worker.redis.brpop([worker.keys.queue_list(worker.model)], timeout=5)
-            assert popped
+            assert wait_until(lambda: worker.redis.rpop(worker.keys.queue_list(worker.model)))
             worker.run(worker.redis.zrange(worker.keys.active, 0, 0)[0], *texts)
 
         thread = threading.Thread(target=serve, name="serving", daemon=True)
@@ -27,4 +27,4 @@ def serving() -> Iterator[Callable[..., None]]:
 
     yield serve_one
     for thread in threads:
-        thread.join(10.0)
+        thread.join(40.0)

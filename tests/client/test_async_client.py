@@ -52,8 +52,8 @@ async def test_a_job_runs_from_submit_to_result(client: AsyncClient, worker: Act
     job = await client.submit("hello")
     worker.run(job.id, "Par", "is")
 
-    assert (await job.result(timeout_s=5)).text == "Paris"
-    assert "".join([text async for text in job.text_stream(timeout_s=5)]) == "Paris"
+    assert (await job.result(timeout_s=40)).text == "Paris"
+    assert "".join([text async for text in job.text_stream(timeout_s=40)]) == "Paris"
     assert (await job.status()).state == "done"
     assert [found.job_id for found in await client.jobs()] == [job.id]
     assert [model.name for model in await client.models()] == [MODEL]
@@ -82,8 +82,8 @@ async def test_generate_and_stream(client: AsyncClient, worker: ActingWorker) ->
 
     serving = asyncio.create_task(serve(2))
 
-    assert (await client.generate("x", timeout_s=10)).text == "ab"
-    assert [item.seq async for item in client.stream("y", timeout_s=10)] == [1, 2, 3]
+    assert (await client.generate("x", timeout_s=40)).text == "ab"
+    assert [item.seq async for item in client.stream("y", timeout_s=40)] == [1, 2, 3]
     await serving
 
 
@@ -100,12 +100,12 @@ async def test_errors_are_the_same(client: AsyncClient, worker: ActingWorker) ->
         await job.result(timeout_s=0.2)
     assert await job.cancel() is CancelStatus.CANCELLED
     with pytest.raises(JobCancelled):
-        await job.result(timeout_s=5)
+        await job.result(timeout_s=40)
     job = await client.submit("x")
     worker.claim(job.id)
     worker.emit(job.id, failed())
     with pytest.raises(JobFailed):
-        await job.result(timeout_s=5)
+        await job.result(timeout_s=40)
 
 
 async def test_an_absent_server_is_unreachable(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def start_chat(stdin: int, *args: str) -> subprocess.Popen[str]:
 
 def next_job(worker: ActingWorker) -> str:
     """Take the next job as a worker does."""
-    assert worker.redis.brpop([worker.keys.queue_list(MODEL)], timeout=10)
+    assert wait_until(lambda: worker.redis.rpop(worker.keys.queue_list(MODEL)))
     waiting = worker.redis.zrange(worker.keys.active, 0, -1)
     assert len(waiting) == 1
     assert worker.claim(waiting[0]).status == "ok"
@@ -261,10 +261,10 @@ def test_ctrl_c_cancels_the_answer(run: Run, worker: ActingWorker) -> None:
         assert chat.stdout.read(4) == "Once"
 
         chat.send_signal(signal.SIGINT)
-        _, message = chat.communicate(timeout=20)
+        _, message = chat.communicate(timeout=40)
     finally:
         chat.kill()
-        chat.communicate(timeout=10)
+        chat.communicate(timeout=40)
 
     assert chat.returncode == 1
     assert message == f"error: job {job_id} was cancelled\n"
@@ -284,10 +284,10 @@ def test_a_dialogue_remembers_its_turns(run: Run, worker: ActingWorker) -> None:
         worker.emit(second, token("bye"), done())
         wait_until(lambda: worker.redis.zcard(worker.keys.active) == 0)
         os.write(ours, b"\x04")
-        answers, _ = chat.communicate(timeout=20)
+        answers, _ = chat.communicate(timeout=40)
     finally:
         chat.kill()
-        chat.communicate(timeout=10)
+        chat.communicate(timeout=40)
         os.close(ours)
         os.close(theirs)
 

@@ -93,7 +93,7 @@ def test_it_dies_with_its_parent_and_starts_again(data_dir: Path) -> None:
     pid = int(parent.stdout.readline())
 
     parent.kill()
-    parent.wait(timeout=10)
+    parent.wait(timeout=40)
     parent.stdin.close()
     parent.stdout.close()
 
@@ -112,10 +112,10 @@ def test_an_orphan_is_ended_before_a_new_start(data_dir: Path) -> None:
 
         with EmbeddedServer(data_dir) as server:
             assert server.pid != orphan.pid
-            assert orphan.wait(timeout=10) == 0
+            assert orphan.wait(timeout=40) == 0
     finally:
         orphan.kill()
-        orphan.wait(timeout=10)
+        orphan.wait(timeout=40)
 
 
 def test_a_dead_socket_is_no_obstacle(data_dir: Path) -> None:
@@ -190,7 +190,7 @@ def test_only_the_main_thread_may_start_it(data_dir: Path) -> None:
 
     thread = threading.Thread(target=start, name="starter")
     thread.start()
-    thread.join(10)
+    thread.join(40)
 
     if sys.platform == "linux":
         assert "main thread" in str(errors[0])

@@ -68,7 +68,7 @@ def test_a_late_reader_gets_everything(client: Client, worker: ActingWorker) -> 
     job = client.submit("x")
     worker.run(job.id, "a", "b", "c")
 
-    assert [(item.seq, item.event.type) for item in job.stream(timeout_s=5)] == [
+    assert [(item.seq, item.event.type) for item in job.stream(timeout_s=40)] == [
         (1, "token"),
         (2, "token"),
         (3, "token"),
@@ -80,8 +80,8 @@ def test_a_handle_made_anew_goes_on_after_an_event(client: Client, worker: Actin
     job = client.submit("x")
     worker.run(job.id, "a", "b", "c")
 
-    assert [item.seq for item in client.job(job.id).stream(after=2, timeout_s=5)] == [3, 4]
-    assert list(client.job(job.id).stream(after=4, timeout_s=5)) == []
+    assert [item.seq for item in client.job(job.id).stream(after=2, timeout_s=40)] == [3, 4]
+    assert list(client.job(job.id).stream(after=4, timeout_s=40)) == []
 
 
 def test_tokens_come_while_the_job_runs(client: Client, worker: ActingWorker) -> None:
@@ -282,9 +282,9 @@ def test_a_result_whose_tokens_are_gone_is_an_error(
     worker.run(job.id, "a", "b")
     embedded_redis.delete(KEYS.stream(job.id))
 
-    assert [item.seq for item in job.stream(timeout_s=5)] == [3]
+    assert [item.seq for item in job.stream(timeout_s=40)] == [3]
     with pytest.raises(JobError, match="no longer stored"):
-        job.result(timeout_s=5)
+        job.result(timeout_s=40)
 
 
 def test_failed_without_its_stream_still_tells_why(
@@ -296,7 +296,7 @@ def test_failed_without_its_stream_still_tells_why(
     embedded_redis.delete(KEYS.stream(job.id))
 
     with pytest.raises(JobError, match="prompt_too_long"):
-        job.result(timeout_s=5)
+        job.result(timeout_s=40)
 
 
 def test_a_long_stream_is_read_in_pages(client: Client, worker: ActingWorker) -> None:
@@ -306,12 +306,12 @@ def test_a_long_stream_is_read_in_pages(client: Client, worker: ActingWorker) ->
         worker.emit(job.id, *(token("x") for _ in range(500)))
     worker.emit(job.id, done(2500))
 
-    assert [item.seq for item in job.stream(timeout_s=5)] == list(range(1, 2502))
+    assert [item.seq for item in job.stream(timeout_s=40)] == list(range(1, 2502))
 
 
 def test_an_unknown_job_is_not_found(client: Client) -> None:
     with pytest.raises(JobNotFound, match="nobody"):
-        list(client.job("nobody").stream(timeout_s=5))
+        list(client.job("nobody").stream(timeout_s=40))
 
 
 @pytest.mark.parametrize("after", [-1, "3", None, True, 2**63])
@@ -351,7 +351,7 @@ def test_an_abandoned_stream_gives_its_subscription_back(
     job = client.submit("x")
     worker.claim(job.id)
     worker.emit(job.id, token("a"), token("b"))
-    stream = job.stream(timeout_s=5)
+    stream = job.stream(timeout_s=40)
     next(stream)
 
     stream.close()

@@ -86,7 +86,7 @@ class Up:
             return self.process.wait(timeout=60)
         finally:
             self.process.kill()
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=40)
 
 
 def test_up_serves_restarts_its_worker_and_stops_cleanly(environment: dict[str, str]) -> None:
@@ -120,7 +120,7 @@ def test_a_killed_up_leaves_its_jobs_and_no_process(environment: dict[str, str])
         job = client.submit("x", model="later", require_worker=False)
 
     up.process.kill()
-    up.process.wait(timeout=10)
+    up.process.wait(timeout=40)
 
     wait_until(lambda: processes_naming(environment["LAMELLA_STATE_DIR"]) == [], 20.0, 0.1)
     with EmbeddedServer(Path(environment["LAMELLA_STATE_DIR"]) / "server") as server, Client(server.url) as client:

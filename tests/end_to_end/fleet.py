@@ -55,7 +55,7 @@ class Fleet:
                 process.wait(DRAIN_S + 5)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(10)
+                process.wait(40)
 
     def _alive(self, model: str) -> list[str]:
         return [n for n, process in self._processes.items() if n.startswith(f"{model}-") and process.poll() is None]

@@ -71,7 +71,7 @@ def test_cancel_ends_the_job_at_the_sweep_boundary_and_frees_the_slot(client: Cl
     assert last.seq < LONG
     assert job.status().state is JobState.CANCELLED
     with pytest.raises(JobCancelled):
-        job.result(timeout_s=5)
+        job.result(timeout_s=40)
     wait_until(lambda: [worker.running for worker in client.workers() if worker.model.name == solo] == [0])
 
 
@@ -105,7 +105,7 @@ def test_a_client_that_comes_back_reads_on_where_it_was(
     assert seqs == list(range(1, LONG + 2))
     assert isinstance(after[-1].event, Done)
     events = [item.event for item in (*before, *after) if isinstance(item.event, TokenEvent)]
-    assert "".join(event.text for event in events) == job.result(timeout_s=5).text
+    assert "".join(event.text for event in events) == job.result(timeout_s=40).text
 
 
 def test_a_prompt_longer_than_the_context_fails_and_says_so(client: Client, solo: str) -> None:

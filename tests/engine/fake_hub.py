@@ -79,7 +79,7 @@ def serve_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeH
         hub.stopped.set()
         close_session()
         server.shutdown()
-        thread.join(timeout=10)
+        thread.join(timeout=40)
         server.server_close()
 
 

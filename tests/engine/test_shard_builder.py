@@ -35,7 +35,7 @@ def test_many_at_once_build_once(store: ShardStore, source: Path) -> None:
     start = threading.Barrier(6)
 
     def ensure(progress: Steps) -> ShardedModel:
-        start.wait(timeout=10)
+        start.wait(timeout=40)
         return ShardStore(store.root).ensure("tiny", source=source, progress=progress)
 
     with ThreadPoolExecutor(6) as pool:

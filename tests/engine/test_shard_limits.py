@@ -62,7 +62,7 @@ store.ensure('tiny', source=source, progress=halt)
         assert process.stdout is not None
         assert process.stdout.readline() == "halted\n"
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=10)
+        process.wait(timeout=40)
     finished = {path.name: path.stat().st_ino for path in tmp_path.glob("tiny/*/*.safetensors")}
     assert len(list(tmp_path.glob("tiny/*/*.part"))) == 1
     assert len(finished) >= 2

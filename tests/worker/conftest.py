@@ -96,7 +96,7 @@ def make_bench(registry: Registry, config: WorkerConfig) -> Iterator[Callable[..
         keeper = LeaseKeeper(table, session.delivery, config.worker.lease_s)
         publisher.start()
         keeper.start()
-        stops.extend([lambda: publisher.join(5), engine.close, lambda: keeper.stop(5), session.give_up])
+        stops.extend([lambda: publisher.join(40), engine.close, lambda: keeper.stop(5), session.give_up])
         return Bench(engine, session, table)
 
     yield make

@@ -122,7 +122,7 @@ class ScriptedEngine:
     def close(self) -> None:
         self._closed.set()
         self._free.set()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=40)
 
     def _run(self) -> None:
         while not self._closed.wait(self._sweep_s):

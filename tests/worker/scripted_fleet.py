@@ -46,4 +46,4 @@ class ScriptedFleet:
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
-            process.wait(10)
+            process.wait(40)

@@ -99,7 +99,7 @@ def test_events_wait_while_redis_is_away_and_none_is_dropped(
 
     wait_until(sender.is_alive)
     fake_server.connected = True
-    sender.join(5)
+    sender.join(40)
 
     assert not sender.is_alive()
     assert jobs.events("a") == [token(1), token(2)]

@@ -24,7 +24,7 @@ class Visitor:
         with self._gate.pass_through(is_alone=self._is_alone, is_called_off=self.called_off.is_set) as entered:
             self.entered = entered
             if entered:
-                self.leave.wait(10)
+                self.leave.wait(40)
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def visit(gate: Gate, *, is_alone: bool = False) -> Iterator[Visitor]:
     yield visitor
     visitor.called_off.set()
     visitor.leave.set()
-    visitor.thread.join(5)
+    visitor.thread.join(40)
     assert not visitor.thread.is_alive()
 
 

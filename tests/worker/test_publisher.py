@@ -139,7 +139,7 @@ def test_an_engine_whose_events_break_is_reported(
 
     publisher.start()
 
-    assert publisher.join(5)
+    assert publisher.join(40)
     assert ended == [True]
     assert "the publisher failed" in caplog.text
     engine.close()
@@ -153,4 +153,4 @@ def test_an_engine_that_is_closed_ends_the_thread_quietly(
     publisher._engine.close()
 
     wait_until(lambda: ended == [False])
-    assert publisher.join(5)
+    assert publisher.join(40)
