@@ -1,0 +1,160 @@
+"""Where every byte of a model lives and where it is computed: what the planner decides and the engine follows.
+
+Plain frozen data. `planner` makes a `Plan` from a model's sizes and the budgets; `weight_stream` and `sweep` carry it
+out; `estimate` says what it will cost. Nothing here reads files or touches a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Tier(StrEnum):
+    """Where weights wait between two sweeps."""
+
+    VRAM = "vram"  # on the compute device, never moved again
+    RAM = "ram"  # in host memory that the device can copy from (or, on a CPU, compute from)
+    DISK = "disk"  # in the shard file, read anew for every sweep
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model in figures, all the planner needs to know of it; bytes as stored in the shards.
+
+    Attributes:
+        name: as asked for.
+        layers: bytes of each decoder layer, in order.
+        embedding: bytes of the embedding table.
+        head: bytes of the output head's weight; 0 where it shares the embedding table (`is_tied`).
+        is_tied: the head is the embedding table.
+        other: bytes of everything else outside the layers (norms, learned positions).
+        kv_bytes_per_token: keys and values of one token in all layers, in the compute dtype.
+        expansion: bytes in the compute dtype per stored byte of a layer (1.0 where they are equal).
+        active_parameters: weights that one token multiplies with, head included.
+        hidden_size, intermediate_size, attention_width, vocabulary: widths that size the activations
+            (`attention_width`: query heads times head width).
+        itemsize: bytes of a number in the compute dtype.
+        context_length: tokens a sequence may have.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    embedding: int
+    head: int
+    is_tied: bool
+    other: int
+    kv_bytes_per_token: int
+    expansion: float
+    active_parameters: int
+    hidden_size: int
+    intermediate_size: int
+    attention_width: int
+    vocabulary: int
+    itemsize: int
+    context_length: int
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes the head multiplies with, its own or the embedding table's."""
+        return self.embedding if self.is_tied else self.head
+
+
+@dataclass(frozen=True)
+class LayerPlacement:
+    """One decoder layer: where its bytes wait and on which device it is computed."""
+
+    layer: int
+    nbytes: int
+    tier: Tier
+    compute: str
+
+
+@dataclass(frozen=True)
+class HeadPlacement:
+    """The output head: where its bytes wait, and in how many row blocks it passes a slot where they are not resident.
+
+    `num_blocks` is 0 where the head is on the compute device for good.
+    """
+
+    nbytes: int
+    tier: Tier
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """What some bytes of a budget are for."""
+
+    what: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Spending:
+    """One budget and what it is spent on; the uses never add up to more than the budget."""
+
+    budget: int
+    uses: tuple[Use, ...]
+
+    @property
+    def used(self) -> int:
+        """Bytes spent."""
+        return sum(use.nbytes for use in self.uses)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything is.
+
+    Attributes:
+        device: torch device that computes, such as ``cuda:0`` or ``cpu``.
+        layers: one placement a layer, in order.
+        head, embedding: where the head is, and where embedding rows are gathered from.
+        device_slots: layer-sized buffers on the device that streamed pieces pass through; 0 if nothing streams there.
+        slot_bytes: size of one such buffer (and of one ring slot on a CPU).
+        ring_bytes: host memory that reads from disk go to; 0 if nothing is read.
+        kv_tokens, kv_bytes: the key-value cache of all sequences together.
+        sweep_tokens: tokens a sweep carries at most.
+        workspace_bytes: room for activations, logits and gathered keys and values of a sweep.
+        vram: the device budget and its uses; None on a CPU.
+        ram: the host budget and its uses.
+    """
+
+    device: str
+    layers: tuple[LayerPlacement, ...]
+    head: HeadPlacement
+    embedding: Tier
+    device_slots: int
+    slot_bytes: int
+    ring_bytes: int
+    kv_tokens: int
+    kv_bytes: int
+    sweep_tokens: int
+    workspace_bytes: int
+    vram: Spending | None
+    ram: Spending
+
+    def layer_bytes(self, tier: Tier) -> int:
+        """Bytes of the layers, and of a streamed head, that wait in `tier`."""
+        head = self.head.nbytes if self.head.num_blocks and self.head.tier is tier else 0
+        return head + sum(place.nbytes for place in self.layers if place.tier is tier)
+
+
+@dataclass(frozen=True)
+class Bandwidths:
+    """What the machine can move and compute, bytes or operations a second.
+
+    Attributes:
+        disk: reading shards at the best depth found.
+        h2d: copying pinned host memory to the device; on a CPU, infinity (nothing is copied).
+        device_memory: reading weights where they are computed (VRAM, or RAM on a CPU).
+        flops: multiply-adds counted as two, in the compute dtype.
+        measured: names of those that were measured here; the others are assumed.
+    """
+
+    disk: float
+    h2d: float
+    device_memory: float
+    flops: float
+    measured: frozenset[str] = frozenset()
