@@ -14,6 +14,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PROMPT ?= What is the capital of France?
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --device cpu --layers 8 --hidden 1024 --ffn 2816 --vocab 8192 --heads 16 --kv-heads 4 --dtype float32
 # Taken as written: a `$` in the question is no variable.
 export LAMELLA_DEMO_PROMPT := $(value PROMPT)
 
@@ -21,8 +22,9 @@ export LAMELLA_DEMO_PROMPT := $(value PROMPT)
 CHECKOUT := $(shell pwd -P | cksum | cut -d' ' -f1)
 RUN_STAMP = $(VENV)/.lamella-run-$(CHECKOUT)
 DEV_STAMP = $(VENV)/.lamella-dev-$(CHECKOUT)
+BENCH_STAMP = $(VENV)/.lamella-bench-$(CHECKOUT)
 
-.PHONY: help demo test lint types pytest wheel clean
+.PHONY: help demo test lint types pytest wheel bench clean
 
 help:  ## list the commands
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -54,6 +56,10 @@ wheel: $(DEV_STAMP)  ## build dist/*.whl and prove that it works alone
 	@echo "== wheel"
 	@$(BIN)/python -m tools.check_wheel
 
+bench: $(BENCH_STAMP)  ## Lamella beside AirLLM and accelerate on this machine; BENCH_ARGS="--device cuda" for a GPU
+	@mkdir -p dist
+	@$(BIN)/python -m benchmarks.sweep --json dist/benchmark.json --plot dist/benchmark.svg $(BENCH_ARGS)
+
 clean:  ## remove what was built or fetched here: the environment, caches, demo data, fetched models
 	rm -rf $(VENV) dist .demo .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find client engine worker tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -66,6 +72,10 @@ $(RUN_STAMP): pyproject.toml constraints.txt
 $(DEV_STAMP): pyproject.toml constraints.txt
 	@$(call install,dev)
 	@touch $@ $(RUN_STAMP)
+
+$(BENCH_STAMP): $(DEV_STAMP)
+	@$(call install,dev$(comma)bench)
+	@touch $@
 
 comma := ,
 

@@ -1,1 +1,12 @@
-"""Measurements, each beside the limit it is measured against; results lie in `results/`."""
+"""Lamella beside its peers: one run that measures the machine's limits and everyone against them.
+
+In the order data flows through them:
+
+- `checkpoint`: the random Llama-shaped model everybody loads, or a real one exported for them.
+- `coldness`: dropping the file cache, and counting what really came from the disk.
+- `calibrate`: what the machine can read, copy and compute; the limits of the same run.
+- `stage`: one measurement in one process, under a deadline, its results on disk as they come.
+- `token_clock`, `peers`: AirLLM, accelerate and transformers. `lamella_run`: Lamella.
+- `machine`, `report`: where it ran, and what follows from the figures.
+- `sweep`: the command that does all of it. `plot`: the picture, from the JSON alone.
+"""

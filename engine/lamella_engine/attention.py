@@ -1,8 +1,9 @@
 """Attention over the packed sweep, in the form transformers calls it.
 
 Registered once under the name ``lamella``; each call stores the new keys and values in the key-value cache and attends
-every query to its own sequence only. One-token spans are served as one padded batch, longer spans one by one. The
-sweep in progress is thread-local, so that models which drop unknown keyword arguments work too.
+every query to its own sequence only. One-token spans are served in a few padded batches, longer spans one by one. Only
+kernels that old cards have are used, and no score matrix grows with the square of the context. The sweep in progress
+is thread-local, so that models which drop unknown keyword arguments work too.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from lamella_engine.errors import EngineError
 from lamella_engine.kv_cache import KVCache
-from lamella_engine.packing import PackedSweep
+from lamella_engine.packing import Pack
 
 IMPLEMENTATION = "lamella"
+SCORE_BYTES = 64 * 1024 * 1024  # the float32 scores of one step, should a kernel write them out
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    pack: PackedSweep
+    pack: Pack
     cache: KVCache
     windows: tuple[int | None, ...]
 
@@ -40,7 +42,7 @@ _current = _Current()
 
 
 @contextmanager
-def sweep_attention(pack: PackedSweep, cache: KVCache, windows: tuple[int | None, ...]) -> Iterator[None]:
+def sweep_attention(pack: Pack, cache: KVCache, windows: tuple[int | None, ...]) -> Iterator[None]:
     """Let attention calls of this thread serve `pack`; `windows` is each layer's sliding window in tokens, or None."""
     _current.sweep = _Sweep(pack, cache, windows)
     try:
@@ -81,9 +83,10 @@ def packed_attention(
     pack, cache = sweep.pack, sweep.cache
     cache.store(layer, pack.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     parts = []
-    if pack.num_single:
-        keys, values = cache.load(layer, pack.single_slots)
-        parts.append(_attend_singles(query[0, :, : pack.num_single], keys, values, pack.single_mask(window), form))
+    for group in pack.groups:
+        keys, values = cache.load(layer, group.slots)
+        rows = query[0, :, group.first : group.first + group.count]
+        parts.append(_attend_singles(rows, keys, values, group.mask(window), form))
     for chunk in pack.chunks:
         keys, values = cache.load(layer, chunk.slots)
         rows = query[:, :, chunk.row : chunk.row + chunk.count]
@@ -114,21 +117,32 @@ def _attend_singles(
 def _attend_chunk(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, form: _Form
 ) -> torch.Tensor:
-    """Prefill: `query` [1, H, n, D], `keys`, `values` [L, Hk, D], `mask` [n, L] or None (causal) -> [n, H, D]."""
-    repeats = query.shape[1] // keys.shape[1]
-    keys = keys.transpose(0, 1).repeat_interleave(repeats, 0)[None]
-    values = values.transpose(0, 1).repeat_interleave(repeats, 0)[None]
-    if form.softcap is None and form.sinks is None:
-        out = scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=form.scale
-        )
+    """Prefill: `query` [1, H, n, D], `keys`, `values` [L, Hk, D], `mask` [n, L] or None (causal) -> [n, H, D].
+
+    The query heads that share a key head are a batch over the same keys, so that keys are never repeated.
+    """
+    heads, count, width = query.shape[1:]
+    length, key_heads = keys.shape[:2]
+    repeats = heads // key_heads
+    grouped = query[0].reshape(key_heads, repeats, count, width).transpose(0, 1)
+    keys = keys.transpose(0, 1).expand(repeats, -1, -1, -1)
+    values = values.transpose(0, 1).expand(repeats, -1, -1, -1)
+    step = max(16, SCORE_BYTES // (4 * heads * length))
+    is_written_out = form.softcap is not None or form.sinks is not None
+    if mask is None and not is_written_out and count <= step:
+        out = scaled_dot_product_attention(grouped, keys, values, is_causal=True, scale=form.scale)
     else:
         if mask is None:
-            size = query.shape[2]
-            mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
-        sinks = None if form.sinks is None else form.sinks.reshape(1, -1, 1, 1)
-        out = _softmax_attention(query, keys, values, mask, form, sinks)
-    return out[0].transpose(0, 1)
+            mask = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
+        sinks = None if form.sinks is None else form.sinks.reshape(key_heads, repeats).T[..., None, None]
+        parts = [
+            _softmax_attention(rows, keys, values, seen, form, sinks)
+            if is_written_out
+            else scaled_dot_product_attention(rows, keys, values, attn_mask=seen, scale=form.scale)
+            for rows, seen in zip(torch.split(grouped, step, 2), torch.split(mask, step), strict=True)
+        ]
+        out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+    return out.transpose(0, 1).reshape(heads, count, -1).transpose(0, 1)
 
 
 def _softmax_attention(

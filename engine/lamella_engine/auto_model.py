@@ -18,7 +18,7 @@ from lamella_engine.device import resolve_device
 from lamella_engine.engine import Engine
 from lamella_engine.errors import EngineError, OptionError, SequenceError
 from lamella_engine.options import EngineOptions
-from lamella_engine.sequence_types import FinishReason, Sampling, SequenceFinished, SequenceRequest, SequenceTokens
+from lamella_engine.sequence_types import FinishReason, Sampling, SequencePrefill, SequenceRequest, SequenceTokens
 from lamella_engine.shard_store import ShardStore, default_store_root
 
 GENERATE_SEED = 0
@@ -113,6 +113,7 @@ class AutoModel:
         max_new_tokens: int = 20,
         use_cache: bool = True,
         return_dict_in_generate: bool = False,
+        num_return_sequences: int = 1,
         **sampling: Any,
     ) -> torch.Tensor | GenerateOutput:
         """Generate for a batch of prompts; all of them ride the same sweeps.
@@ -124,11 +125,13 @@ class AutoModel:
             max_new_tokens: tokens to generate at most.
             use_cache: must be True, the engine always keeps keys and values.
             return_dict_in_generate: return a `GenerateOutput` instead of the tensor.
+            num_return_sequences: samples of each prompt, which is read once; above 1 only with ``do_sample=True``.
             **sampling: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``,
                 ``seed``, ``stop_strings``; without ``do_sample=True`` decoding is greedy.
 
         Returns:
-            int64 [batch, length + new]: each row its input and its new tokens, padded at the end.
+            int64 [batch * num_return_sequences, length + new]: each row its input and its new tokens, padded at the
+            end; the samples of a prompt follow each other.
 
         Raises:
             OptionError: an unknown or unusable argument.
@@ -139,17 +142,31 @@ class AutoModel:
         if input_ids.dim() != 2 or not input_ids.shape[0]:
             raise OptionError(f"input_ids has shape {list(input_ids.shape)}; give [batch, length]")
         params = _sampling(max_new_tokens, sampling)
+        self._check_samples(num_return_sequences, params)
         prompts = self._prompts(input_ids, attention_mask)
         with self._lock:
-            generated = self._run(prompts, params)
+            generated = self._run(prompts, params, num_return_sequences)
         longest = max(len(tokens) for tokens in generated)
         pad = self._pad_token()
         rows = [
             row.tolist() + tokens + [pad] * (longest - len(tokens))
-            for row, tokens in zip(input_ids, generated, strict=True)
+            for row, tokens in zip(input_ids.repeat_interleave(num_return_sequences, 0), generated, strict=True)
         ]
         sequences = torch.tensor(rows, dtype=torch.int64, device=input_ids.device)
         return GenerateOutput(sequences) if return_dict_in_generate else sequences
+
+    def _check_samples(self, num_samples: int, params: Sampling) -> None:
+        most = self.engine.facts.max_sequences
+        if not 1 <= num_samples <= most:
+            raise OptionError(
+                f"num_return_sequences is {num_samples}; it must be between 1 and {most}, what the engine runs side by "
+                "side. For more, call generate again with another seed."
+            )
+        if num_samples > 1 and params.temperature == 0:
+            raise OptionError(
+                f"num_return_sequences is {num_samples}, but greedy decoding has one answer; "
+                "pass do_sample=True (and a temperature above 0), or leave it at 1"
+            )
 
     def _prompts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
         mask = attention_mask
@@ -169,32 +186,37 @@ class AutoModel:
             return int(pad)
         return min(self.engine.end_token_ids, default=0)
 
-    def _run(self, prompts: list[list[int]], params: Sampling) -> list[list[int]]:
+    def _run(self, prompts: list[list[int]], params: Sampling, num_samples: int) -> list[list[int]]:
         self._calls += 1
         ids = [f"generate-{self._calls}-{row}" for row in range(len(prompts))]
-        generated: dict[str, list[int]] = {sequence_id: [] for sequence_id in ids}
-        pending = set(ids)
+        generated: dict[tuple[str, int], list[int]] = {
+            (name, index): [] for name in ids for index in range(num_samples)
+        }
+        pending = set(generated)
         try:
             for sequence_id, prompt in zip(ids, prompts, strict=True):
-                self.engine.submit(SequenceRequest(sequence_id, params, prompt_ids=tuple(prompt)))
+                self.engine.submit(
+                    SequenceRequest(sequence_id, params, prompt_ids=tuple(prompt), num_samples=num_samples)
+                )
             self._collect(generated, pending)
         except BaseException:
-            for sequence_id in pending:
+            for sequence_id in {name for name, _ in pending}:
                 self.engine.cancel(sequence_id)
             raise
-        return [generated[sequence_id] for sequence_id in ids]
+        return list(generated.values())
 
-    def _collect(self, generated: dict[str, list[int]], pending: set[str]) -> None:
+    def _collect(self, generated: dict[tuple[str, int], list[int]], pending: set[tuple[str, int]]) -> None:
         for batch in self.engine.events():
             for event in batch.events:
-                if event.sequence_id not in generated:
-                    continue  # a leftover of an earlier call that was interrupted
+                if isinstance(event, SequencePrefill) or (event.sequence_id, event.sample) not in generated:
+                    continue  # no token yet, or a leftover of an earlier call that was interrupted
+                key = (event.sequence_id, event.sample)
                 if isinstance(event, SequenceTokens):
-                    generated[event.sequence_id].extend(event.token_ids)
-                elif isinstance(event, SequenceFinished):
-                    pending.discard(event.sequence_id)
-                    if event.reason is FinishReason.ERROR:
-                        raise SequenceError(event.error_code or "engine", event.error or "the sequence failed")
+                    generated[key].extend(event.token_ids)
+                    continue
+                pending.discard(key)
+                if event.reason is FinishReason.ERROR:
+                    raise SequenceError(event.error_code or "engine", event.error or "the sequence failed")
             if not pending:
                 return
         raise EngineError("the engine was closed while generating")

@@ -1,7 +1,8 @@
 """Turns a buffer of layer bytes into the parameters of a module, without copying.
 
 A tensor of a shard becomes a view into the slot's buffer; binding is one assignment per tensor. Views are kept per
-buffer, so a steady sweep allocates nothing. Only a compute dtype other than the stored one costs a conversion.
+buffer, so a steady sweep allocates nothing. Where the compute dtype is not the stored one, what stays is converted once
+and what streams is converted into one buffer that all layers share.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 from lamella_engine.errors import CheckpointError
-from lamella_engine.shard import Shard, TensorSpec
-from lamella_engine.slots import BoundSlot
+from lamella_engine.shard import TENSOR_ALIGNMENT, TensorSpec
+from lamella_engine.weight_stream import BoundSlot
 
 _DTYPE_NAMES = (
     "float64",
@@ -45,25 +46,69 @@ class _Place:
 
 
 class LayerBinding:
-    """The places of one shard's tensors in one module; `bind` may be called with any buffer that holds the shard."""
+    """The places of one shard's tensors in one module; `bind` may be called with any buffer that holds the shard.
 
-    def __init__(self, module: nn.Module, shard: Shard) -> None:
-        self._places = [_place(module, spec) for spec in shard.tensors]
-        self._views: dict[int, list[torch.Tensor]] = {}
+    Attributes:
+        converted_bytes: size of the tensors in the compute dtype.
+        needs_conversion: the compute dtype differs from the stored one for some tensor.
+    """
+
+    def __init__(self, module: nn.Module, tensors: tuple[TensorSpec, ...]) -> None:
+        self._places = [_place(module, spec) for spec in tensors]
+        self._converted = converted_layout(tensors, [place.dtype for place in self._places])
+        self.converted_bytes = max((spec.offset + spec.nbytes for spec in self._converted), default=0)
+        self.needs_conversion = any(_torch_dtype(place.spec) != place.dtype for place in self._places)
+        self._views: dict[tuple[str, int], list[torch.Tensor]] = {}
+        self._expanded: list[torch.Tensor] | None = None
+
+    def use_buffer(self, buffer: torch.Tensor) -> None:
+        """Convert what streams into `buffer` (uint8, at least `converted_bytes`), which other layers use, too."""
+        self._expanded = [tensor_view(buffer, spec) for spec in self._converted]
 
     def bind(self, slot: BoundSlot) -> None:
         """Make the module compute with the bytes in `slot`."""
         views = self._views.get(slot.key)
         if views is None:
-            views = self._views[slot.key] = [tensor_view(slot.tensor, place.spec) for place in self._places]
+            specs = self._converted if slot.is_converted else [place.spec for place in self._places]
+            views = self._views[slot.key] = [tensor_view(slot.tensor, spec) for spec in specs]
+        if self.needs_conversion and not slot.is_converted:
+            views = self._expand(views)
         for place, view in zip(self._places, views, strict=True):
-            place.tensors[place.leaf] = view if view.dtype == place.dtype else view.to(place.dtype)
+            place.tensors[place.leaf] = view
+
+    def convert(self, stored: torch.Tensor, target: torch.Tensor) -> None:
+        """Write the tensors in `stored` (uint8, one shard's bytes) to `target` (uint8) in the compute dtype."""
+        for place, spec in zip(self._places, self._converted, strict=True):
+            tensor_view(target, spec).copy_(tensor_view(stored, place.spec).to(place.dtype))
 
     def unbind(self) -> None:
         """Leave only meta tensors in the module, and forget all buffers."""
         self._views.clear()
+        self._expanded = None
         for place in self._places:
             place.tensors[place.leaf] = torch.empty(place.spec.shape, dtype=place.dtype, device="meta")
+
+    def _expand(self, views: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self._expanded is None:
+            return [view.to(place.dtype) for place, view in zip(self._places, views, strict=True)]
+        for view, expanded in zip(views, self._expanded, strict=True):
+            expanded.copy_(view)
+        return self._expanded
+
+
+def converted_layout(tensors: tuple[TensorSpec, ...], dtypes: list[torch.dtype]) -> list[TensorSpec]:
+    """The tensors one after the other in other dtypes, each on 64 bytes."""
+    layout: list[TensorSpec] = []
+    offset = 0
+    for spec, dtype in zip(tensors, dtypes, strict=True):
+        nbytes = spec.nbytes // _torch_dtype(spec).itemsize * dtype.itemsize
+        layout.append(TensorSpec(spec.name, str(dtype).removeprefix("torch."), spec.shape, offset, nbytes))
+        offset += -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+    return layout
+
+
+def _torch_dtype(spec: TensorSpec) -> torch.dtype:
+    return TORCH_DTYPES[spec.dtype]
 
 
 def tensor_view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

@@ -56,7 +56,7 @@ StoredName = Annotated[str, typer.Argument(help="The model's name in the store, 
 @app.command("list")
 def list_models(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the models in the store."""
-    with _plain_errors():
+    with plain_errors():
         manifests, damaged = _store(store).list(), _store(store).damaged()
     for error in damaged:
         typer.echo(f"warning: {error}", err=True)
@@ -75,7 +75,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model is and what would fit where; reads config and headers only."""
-    with _plain_errors():
+    with plain_errors():
         facts = inspection.inspect(model, _store(store))
     if as_json:
         typer.echo(json.dumps({**asdict(facts), "size_bytes": facts.size_bytes}, indent=2))
@@ -86,7 +86,7 @@ def inspect(
 @app.command()
 def verify(name: StoredName, store: StoreOption = None) -> None:
     """Hash every shard of a model and compare with what was built."""
-    with _plain_errors():
+    with plain_errors():
         opened = _store(store)
         opened.verify(name)
         manifest = opened.manifest(name)
@@ -96,7 +96,7 @@ def verify(name: StoredName, store: StoreOption = None) -> None:
 @app.command()
 def remove(name: StoredName, store: StoreOption = None) -> None:
     """Delete a model's shards from the store; the source they were built from is not touched."""
-    with _plain_errors():
+    with plain_errors():
         _store(store).remove(name)
     typer.echo(f"removed {name}")
 
@@ -123,7 +123,7 @@ def import_model(
 
 
 def _build(name: str, source: Path | None, root: Path | None, dtype: str | None) -> None:
-    with _plain_errors():
+    with plain_errors():
         store = _store(root)
         is_there = store.has(check_model_name(name))
         with ConsoleProgress() as progress:
@@ -143,7 +143,7 @@ def _by_name(name: str, source: Path | None) -> str:
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """One line instead of a stack trace for what can go wrong with models and files."""
     try:
         yield

@@ -11,18 +11,19 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from lamella_engine.detokenizer import Detokenizer
-from lamella_engine.device import free_memory_bytes, peak_rss_bytes, resolve_device
-from lamella_engine.errors import EngineClosed, EngineError, SequenceError
-from lamella_engine.inspection import kv_bytes_per_token
-from lamella_engine.kv_cache import PAGE_TOKENS, KVCache
+from lamella_engine.device import peak_rss_bytes, resolve_device
+from lamella_engine.errors import EngineClosed, EngineError, OptionError, SequenceError
+from lamella_engine.kv_cache import KVCache
+from lamella_engine.open_model import open_sweep_model
 from lamella_engine.options import EngineOptions
-from lamella_engine.packing import PackedSweep
+from lamella_engine.placement import Plan
 from lamella_engine.sampler import sample
 from lamella_engine.scheduler import Ride, Scheduler
 from lamella_engine.sequence import Sequence
@@ -31,7 +32,6 @@ from lamella_engine.sequence_types import (
     EngineFacts,
     FinishReason,
     SequenceEvent,
-    SequencePrefill,
     SequenceRequest,
     SweepEvents,
 )
@@ -39,6 +39,7 @@ from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_store import ShardStore
 from lamella_engine.sweep import SweepModel
 from lamella_engine.text import TextCodec, end_token_ids, load_codec
+from lamella_engine.timeline import Lane, StreamTotals
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,6 @@ NO_CONTEXT_LIMIT = 1 << 20  # tokens, for families whose config names no limit; 
 MAX_UNDELIVERED = 2  # batches of events nobody took yet; then the sweep stalls
 CLOSE_S = 150.0
 _POLL_S = 0.2
-_KV_TOKENS_PER_SEQUENCE = 2048
-_KV_MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.5}  # of what is free once the model's resident part is loaded
 
 
 class Engine:
@@ -64,8 +63,8 @@ class Engine:
         self.codec = codec
         self._context_length = int(getattr(model.config, "max_position_embeddings", None) or NO_CONTEXT_LIMIT)
         self.end_token_ids = end_token_ids(model.sharded.directory, model.config, codec)
-        self._cache = KVCache(_kv_tokens(model, options, self._context_length), model.device)
-        self._scheduler = Scheduler(self._cache, options.max_sequences, options.sweep_tokens)
+        self._cache = KVCache(model.plan.kv_tokens, model.device)
+        self._scheduler = Scheduler(self._cache, options.max_sequences, model.plan.sweep_tokens)
         self._max_sequences = options.max_sequences
         self._arrivals: list[Sequence] = []
         self._cancels: set[str] = set()
@@ -95,7 +94,7 @@ class Engine:
     def open_sharded(cls, sharded: ShardedModel, device: torch.device, options: EngineOptions) -> Engine:
         """Open a model whose shards are already at hand."""
         codec = load_codec(sharded.directory)
-        model = SweepModel(sharded, device, options.dtype, options.ring_slots)
+        model = open_sweep_model(sharded, options, device)
         try:
             return cls(model, codec, options)
         except BaseException:
@@ -125,6 +124,25 @@ class Engine:
             max_sequences=self._max_sequences,
         )
 
+    @property
+    def plan(self) -> Plan:
+        """Where every byte of the model is."""
+        return self._model.plan
+
+    def stream_totals(self) -> StreamTotals:
+        """What sweeps moved and how long it took; callable from any thread, whole sweeps behind by one."""
+        return self._model.timeline.totals()
+
+    def write_trace(self, path: Path) -> None:
+        """Write the timeline of recent sweeps, kept with the option ``trace``, as a Chrome trace.
+
+        Raises:
+            OptionError: the engine was opened without ``trace``.
+        """
+        if not self._model.timeline.is_tracing:
+            raise OptionError("there is no trace: open the engine with the option trace=True")
+        self._model.timeline.write_trace(path)
+
     def counters(self) -> EngineCounters:
         """Totals since the engine opened; callable from any thread."""
         return EngineCounters(
@@ -135,10 +153,12 @@ class Engine:
             streamed_bytes=self._streamed_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             last_sweep_at=self._last_sweep_at,
+            **asdict(self._model.timeline.totals()),
+            preemptions=self._scheduler.preemptions,
         )
 
     def submit(self, request: SequenceRequest) -> None:
-        """Add a sequence; it joins the next sweep that has room. Callable from any thread.
+        """Add a sequence, all its samples; it joins the next sweep that has room. Callable from any thread.
 
         Raises:
             SequenceError: it cannot run (``code`` says why); nothing was added.
@@ -156,7 +176,7 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, sequence_id: str) -> None:
-        """End a sequence at the next sweep boundary; an unknown id is ignored. Callable from any thread."""
+        """End a sequence, all its samples, at the next boundary; an unknown id is ignored. Callable from any thread."""
         with self._wake:
             self._check_open()
             self._cancels.add(sequence_id)
@@ -206,12 +226,34 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens; the {what} of {self._model.sharded.name} holds {room}, "
                 "and at least one must be left for the answer. Shorten the prompt.",
             )
+        self._check_samples(request)
         if request.sampling.temperature > 0 and request.sampling.seed is None:
             raise SequenceError("no_seed", "a sequence with temperature > 0 needs a seed")
         if request.sampling.stop and self.codec is None:
             raise SequenceError("no_tokenizer", "stop strings need a tokenizer, which this model does not ship")
-        detokenizer = Detokenizer(self.codec.decode, request.sampling.stop) if self.codec else None
-        return Sequence(request, prompt_ids, detokenizer, self.end_token_ids, room)
+        first, *siblings = [
+            Sequence(request, prompt_ids, self._make_detokenizer(request), self.end_token_ids, room, index)
+            for index in range(request.num_samples)
+        ]
+        first.siblings = siblings
+        return first
+
+    def _make_detokenizer(self, request: SequenceRequest) -> Detokenizer | None:
+        return Detokenizer(self.codec.decode, request.sampling.stop) if self.codec else None
+
+    def _check_samples(self, request: SequenceRequest) -> None:
+        if not 1 <= request.num_samples <= self._max_sequences:
+            raise SequenceError(
+                "bad_request",
+                f"num_samples is {request.num_samples}; this engine runs 1 to {self._max_sequences} sequences side by "
+                "side (engine option max_sequences), and each sample is one. Ask for fewer samples.",
+            )
+        if request.num_samples > 1 and request.generated_ids:
+            raise SequenceError(
+                "bad_request",
+                "generated_ids say how one sample went on, but num_samples is "
+                f"{request.num_samples}; resume samples one by one, or leave generated_ids empty",
+            )
 
     def _prompt_ids(self, request: SequenceRequest) -> list[int]:
         if request.prompt_ids is not None:
@@ -245,7 +287,7 @@ class Engine:
                 events += self._sweep()
             if events:
                 self._deliver(SweepEvents(tuple(events)))
-            else:
+            elif not self._scheduler.running:
                 self._wait_for_work()
 
     def _join_and_leave(self) -> list[SequenceEvent]:
@@ -254,67 +296,65 @@ class Engine:
             arrivals, self._arrivals = self._arrivals, []
             cancels, self._cancels = self._cancels, set()
             self._scheduler.waiting.extend(arrivals)
-        events = []
+        events: list[SequenceEvent] = []
         for sequence in [sequence for sequence in arrivals if sequence.reason is not None]:
-            events.append(self._end(sequence, sequence.reason or FinishReason.STOP))
+            events += self._end(sequence, sequence.reason or FinishReason.STOP)
         for sequence_id in cancels:
-            if (found := self._scheduler.find(sequence_id)) is not None:
-                events.append(self._end(found, FinishReason.CANCELLED))
+            for sequence in self._scheduler.find(sequence_id):
+                events += self._end(sequence, FinishReason.CANCELLED)
         return events
 
     def _sweep(self) -> list[SequenceEvent]:
         """One sweep for all running sequences; a failure ends them all and leaves the engine clean."""
-        rides = self._scheduler.rides()
+        events: list[SequenceEvent] = []
+        began_s = time.perf_counter()
         try:
-            pack = PackedSweep([ride.span for ride in rides], self._model.device)
+            rides = self._scheduler.rides()
+            pack = self._model.pack([ride.span for ride in rides])
             logits = self._model.run(pack, self._cache)
-            return self._advance([rides[index] for index in pack.order], logits)
+            self._advance([rides[index] for index in pack.order], logits, events)
+            self._model.timeline.add(Lane.SWEEP, "sweep", began_s, time.perf_counter())
         except Exception as error:
-            logger.exception("a sweep of %d sequences failed", len(rides))
+            failed = list(self._scheduler.running)
+            logger.exception("a sweep of %d sequences failed", len(failed))
             message = f"the sweep failed: {type(error).__name__}: {error}"
-            events: list[SequenceEvent] = [
-                self._end(sequence, FinishReason.ERROR, "engine", message) for sequence in list(self._scheduler.running)
-            ]
-            return events
+            for sequence in failed:
+                events += self._end(sequence, FinishReason.ERROR, "engine", message)
+        return events
 
-    def _advance(self, rides: list[Ride], logits: torch.Tensor) -> list[SequenceEvent]:
-        """Give each sequence what the sweep brought it; `rides` in the order of the rows of `logits`."""
+    def _advance(self, rides: list[Ride], logits: torch.Tensor, events: list[SequenceEvent]) -> None:
+        """Give each sequence what the sweep brought it and add to `events`; `rides` as the rows of `logits`."""
         swept_bytes = self._model.streamed_bytes_per_sweep
         self._sweeps += 1
         self._streamed_bytes += swept_bytes
         self._last_sweep_at = time.time()
         for ride in rides:
-            ride.sequence.computed += len(ride.span.token_ids)
-            ride.sequence.sweeps += 1
-            ride.sequence.streamed_bytes += swept_bytes
-        events: list[SequenceEvent] = [
-            SequencePrefill(ride.sequence.sequence_id, ride.sequence.computed, ride.sequence.length)
-            for ride in rides
-            if not ride.completes
-        ]
-        rows = [row for row, ride in enumerate(rides) if ride.completes]
+            ride.sequence.ride(len(ride.span.token_ids), swept_bytes)
+        partial = [ride.sequence.prefilled() for ride in rides if not ride.completes]
+        events += [event for event in partial if event is not None]
+        rows = [row for row, ride in enumerate(rides) if ride.completes for _ in range(ride.sequence.places)]
         if not rows:
-            return events
-        choices = sample(logits[rows], [rides[row].sequence.draw() for row in rows])
-        for row, choice in zip(rows, choices, strict=True):
-            sequence = rides[row].sequence
+            return
+        drawing = [sequence for ride in rides if ride.completes for sequence in self._scheduler.fork(ride.sequence)]
+        choices = sample(logits[rows], [sequence.draw() for sequence in drawing])
+        for sequence, choice in zip(drawing, choices, strict=True):
             if choice.error is not None:
-                events.append(self._end(sequence, FinishReason.ERROR, choice.error.code, str(choice.error)))
+                events += self._end(sequence, FinishReason.ERROR, choice.error.code, str(choice.error))
                 continue
             events.append(sequence.accept(choice))
             self._tokens += 1
             if sequence.reason is not None:
-                events.append(self._end(sequence, sequence.reason))
-        return events
+                events += self._end(sequence, sequence.reason)
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, error_code: str | None = None, error: str | None = None
-    ) -> SequenceEvent:
-        sequence.reason = reason
+    ) -> list[SequenceEvent]:
+        """Let a sequence go, with the samples that were to start from its prompt; their last events."""
         self._scheduler.remove(sequence)
-        with self._wake:
-            self._live.discard(sequence.sequence_id)
-        return sequence.finished(error_code, error)
+        if not self._scheduler.find(sequence.sequence_id):
+            with self._wake:
+                self._live.discard(sequence.sequence_id)
+        return [ended.finished(reason, error_code, error) for ended in (sequence, *sequence.siblings)]
 
     def _deliver(self, batch: SweepEvents) -> None:
         while not self._stop.is_set():
@@ -328,12 +368,3 @@ class Engine:
             if not (self._arrivals or self._cancels or self._stop.is_set()):
                 self._wake.wait(timeout=_POLL_S)
 
-
-def _kv_tokens(model: SweepModel, options: EngineOptions, context_length: int) -> int:
-    """Tokens the key-value cache holds: as asked for, else a useful amount within a share of the free memory."""
-    if options.kv_tokens is not None:
-        return options.kv_tokens
-    wanted = max(options.max_sequences * _KV_TOKENS_PER_SEQUENCE, context_length)
-    per_token = kv_bytes_per_token(model.config, model.dtype)
-    affordable = int(free_memory_bytes(model.device) * _KV_MEMORY_SHARE[model.device.type] / per_token)
-    return max(PAGE_TOKENS, min(wanted, affordable))

@@ -13,6 +13,7 @@
     ├── SequenceError               this one sequence cannot run (``code`` travels to the client)
     ├── DeviceError                 the device does not exist or cannot do what was asked
     ├── OptionError                 an engine option that cannot work
+    │   └── PlanError               the model does not fit the budgets (``missing_bytes``)
     └── EngineClosed                the engine was used after close()
 """
 
@@ -80,6 +81,18 @@ class DeviceError(EngineError):
 
 class OptionError(EngineError):
     """An engine option that cannot work; the message names it and the fix."""
+
+
+class PlanError(OptionError):
+    """The model does not fit the budgets; the message says by how much, and what would fit.
+
+    Attributes:
+        missing_bytes: what the budget lacks.
+    """
+
+    def __init__(self, message: str, missing_bytes: int) -> None:
+        self.missing_bytes = missing_bytes
+        super().__init__(message)
 
 
 class EngineClosed(EngineError):

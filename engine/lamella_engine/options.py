@@ -19,10 +19,16 @@ class EngineOptions:
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` (the first GPU if there is one).
         dtype: compute type, or None for the type the checkpoint is stored in.
         max_sequences: sequences that share a sweep at most.
-        sweep_tokens: tokens a sweep carries at most (decode first, the rest are prompt chunks).
+        sweep_tokens: tokens a sweep carries at most (decode first, the rest are prompt chunks); None means as many as
+            ride for free while the weights move.
         kv_tokens: tokens of key-value cache for all sequences together; None means `max_sequences` times 2048, at
             least one full context.
-        ring_slots: host buffers the reader fills ahead of the sweep.
+        vram: device memory this engine may take: bytes, ``"4GiB"``, ``"80%"`` of the card, or ``"auto"``.
+        ram: host memory in the same forms: for weights that do not stay on the device, or on a CPU for everything. 0
+            keeps no layer in RAM and takes only what cannot be done without (the ring that reads from disk go to).
+        shared_memory: directory in memory where the workers of this host share their RAM tier; None means the usual
+            one, where there is one.
+        trace: keep the timeline of recent sweeps, for `Engine.write_trace`.
         offline: never ask the hub, even for a model that is not in the store.
         hub_token: access token for the hub; None means the usual places (environment, saved login).
     """
@@ -31,18 +37,21 @@ class EngineOptions:
     device: str = "auto"
     dtype: str | None = None
     max_sequences: int = 8
-    sweep_tokens: int = 512
+    sweep_tokens: int | None = None
     kv_tokens: int | None = None
-    ring_slots: int = 3
+    vram: int | str = "auto"
+    ram: int | str = "auto"
+    shared_memory: Path | None = None
+    trace: bool = False
     offline: bool = False
     hub_token: str | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (("max_sequences", 1, 4096), ("sweep_tokens", 16, 65536), ("ring_slots", 2, 64)):
+        for name, low, high in (("max_sequences", 1, 4096), ("sweep_tokens", 16, 65536)):
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise OptionError(f"{name} is {value}; it must be between {low} and {high}")
-        if self.sweep_tokens < self.max_sequences:
+        if self.sweep_tokens is not None and self.sweep_tokens < self.max_sequences:
             raise OptionError(
                 f"sweep_tokens ({self.sweep_tokens}) is below max_sequences ({self.max_sequences}): "
                 "not every sequence could get a token in a sweep; raise sweep_tokens"

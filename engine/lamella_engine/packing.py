@@ -1,16 +1,21 @@
 """One sweep's tokens: the spans of all live sequences packed end to end, and what attention must know of them.
 
 A span is some consecutive tokens of one sequence: one when it decodes, a chunk of its prompt when it is being read.
-Spans of one token come first, so that attention can serve them as one batch. All index tensors are made here, once per
-sweep; layers only read them.
+Spans of one token come first, shortest sequence first, so that attention can serve them in a few padded batches. All
+index tensors are made here, once per sweep; layers only read them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+
+MAX_PADDING = 2  # a batch of decoding sequences may be padded to so many times its shortest
+FREE_TOKENS = 256  # below this length padding costs nothing worth a second batch
+GATHER_TOKENS = 32768  # keys and values gathered for one batch, unless one sequence has more
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,41 @@ class Span:
     def end(self) -> int:
         """Position after the last token: the sequence's length once the span is stored."""
         return self.start + len(self.token_ids)
+
+
+class DecodeGroup(Protocol):
+    """One-token spans that attention serves as one batch: rows `first` to ``first + count - 1`` of the pack.
+
+    `slots` is int64 [count, longest], padded with a slot of the same sequence.
+    """
+
+    first: int
+    count: int
+    slots: torch.Tensor
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """True where a span may look, bool [count, 1, 1, longest]."""
+
+
+class Pack(Protocol):
+    """What the sweep and its attention need of packed spans.
+
+    Attributes:
+        order: for each row of the logits, the index of its span in the list given.
+        input_ids, position_ids: int64 [1, T].
+        write_slots: int64 [T], where each token's key and value go.
+        last_rows: int64 [number of spans], the row of each span's last token, in `order`.
+        groups: the one-token spans in batches, from row 0 on.
+        chunks: the longer spans.
+    """
+
+    order: list[int]
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    write_slots: torch.Tensor
+    last_rows: torch.Tensor
+    groups: list[DecodeGroup]
+    chunks: list[ChunkedSpan]
 
 
 class ChunkedSpan:
@@ -62,24 +102,31 @@ class ChunkedSpan:
         return mask
 
 
-class PackedSweep:
-    """Spans of many sequences as one ``[1, T]`` input.
+class PaddedGroup:
+    """A `DecodeGroup` of its own tensors, for one sweep."""
 
-    Attributes:
-        order: for each row group, the index of its span in the list given (one-token spans first).
-        input_ids, position_ids: int64 [1, T].
-        write_slots: int64 [T], where each token's key and value go.
-        last_rows: int64 [number of spans], the row of each span's last token, in `order`.
-        num_single: spans of one token; they are rows 0 to num_single - 1.
-        chunks: the longer spans.
-    """
+    def __init__(self, spans: list[Span], first: int, device: torch.device) -> None:
+        self.first = first
+        self.count = len(spans)
+        self._ends = torch.tensor([span.end for span in spans], device=device)
+        self.slots = padded_slots(spans, self._ends)
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """See `DecodeGroup`."""
+        if window not in self._masks:
+            self._masks[window] = decode_mask(self._ends, self.slots.shape[1], window)
+        return self._masks[window]
+
+
+class PackedSweep:
+    """Spans of many sequences as one ``[1, T]`` input; a `Pack` for one sweep."""
 
     def __init__(self, spans: list[Span], device: torch.device) -> None:
-        self._device = device
-        self.order = sorted(range(len(spans)), key=lambda index: len(spans[index].token_ids) > 1)
+        self.order = sorted(range(len(spans)), key=lambda index: _place(spans[index]))
         ordered = [spans[index] for index in self.order]
-        self._singles = [span for span in ordered if len(span.token_ids) == 1]
-        self.num_single = len(self._singles)
+        singles = [span for span in ordered if len(span.token_ids) == 1]
+        self.groups: list[DecodeGroup] = _groups(singles, device)
         ids = [token for span in ordered for token in span.token_ids]
         positions = [position for span in ordered for position in range(span.start, span.end)]
         self.input_ids = torch.tensor([ids], device=device)
@@ -93,21 +140,42 @@ class PackedSweep:
             row += len(span.token_ids)
             last_rows.append(row - 1)
         self.last_rows = torch.tensor(last_rows, device=device)
-        self._single_masks: dict[int | None, torch.Tensor] = {}
 
-    @cached_property
-    def single_slots(self) -> torch.Tensor:
-        """Slots of the one-token spans' sequences, int64 [num_single, longest], padded with slot 0."""
-        return torch.nn.utils.rnn.pad_sequence([span.slots[: span.end] for span in self._singles], batch_first=True)
 
-    def single_mask(self, window: int | None) -> torch.Tensor:
-        """True where a one-token span may look, bool [num_single, 1, 1, longest]."""
-        mask = self._single_masks.get(window)
-        if mask is None:
-            ends = torch.tensor([span.end for span in self._singles], device=self._device)[:, None]
-            key = torch.arange(self.single_slots.shape[1], device=self._device)[None]
-            mask = key < ends
-            if window is not None:
-                mask &= key >= ends - window
-            mask = self._single_masks[window] = mask[:, None, None, :]
-        return mask
+def padded_slots(spans: list[Span], ends: torch.Tensor) -> torch.Tensor:
+    """Slots of each span's sequence up to its end, int64 [n, longest end], each row padded with its own first slot.
+
+    A mask hides what lies in padding unless that is not a number, and then it is the sequence's own.
+    """
+    slots = pad_sequence([span.slots[: span.end] for span in spans], batch_first=True)
+    is_used = torch.arange(slots.shape[1], device=slots.device)[None] < ends[:, None]
+    return torch.where(is_used, slots, slots[:, :1])
+
+
+def decode_mask(ends: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
+    """Where one-token spans of sequences of `ends` tokens ([n]) may look, bool [n, 1, 1, longest]."""
+    key = torch.arange(longest, device=ends.device)[None]
+    mask = key < ends[:, None]
+    if window is not None:
+        mask &= key >= ends[:, None] - window
+    return mask[:, None, None, :]
+
+
+def _place(span: Span) -> tuple[int, int]:
+    return (0, span.end) if len(span.token_ids) == 1 else (1, 0)
+
+
+def _groups(singles: list[Span], device: torch.device) -> list[DecodeGroup]:
+    """Batches of neighbours in length, none of them mostly padding or larger than the room for gathered keys."""
+    groups: list[DecodeGroup] = []
+    first = 0
+    for index, span in enumerate(singles):
+        shortest = max(singles[first].end, FREE_TOKENS)
+        is_uneven = span.end > MAX_PADDING * shortest
+        is_large = (index + 1 - first) * span.end > GATHER_TOKENS
+        if index > first and (is_uneven or is_large):
+            groups.append(PaddedGroup(singles[first:index], first, device))
+            first = index
+    if singles:
+        groups.append(PaddedGroup(singles[first:], first, device))
+    return groups

@@ -1,62 +1,94 @@
-"""What stays in memory between sweeps: everything of the model outside its decoder layers.
+"""What stays in memory between sweeps of a model's parts outside its decoder layers.
 
-Called once when a model is opened; `sweep` then streams the layers past it.
+Called once when a model is opened. Norms and other small tensors stay on the device, the head too where it fits; of
+the embedding table only the rows a sweep asks for are fetched, unless a head on the device is that table.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lamella_engine.architecture import Architecture
-from lamella_engine.binding import LayerBinding
-from lamella_engine.reader import read_shard
-from lamella_engine.shard import ShardedModel
-from lamella_engine.slots import BoundSlot
+from lamella_engine.binding import TORCH_DTYPES
+from lamella_engine.embedding_rows import EmbeddingRows, map_piece
+from lamella_engine.loader import Loader
+from lamella_engine.pieces import tensor_piece
+from lamella_engine.placement import Plan, Tier
+from lamella_engine.shard import Shard, TensorSpec
+from lamella_engine.timeline import Timeline
 
 
-def materialise_root(built: Architecture, sharded: ShardedModel, device: torch.device) -> None:
+@dataclass(frozen=True)
+class RootTables:
+    """The two large tensors outside the layers; `head` is the embedding's own where they share one."""
+
+    embedding: TensorSpec | None
+    head: TensorSpec | None
+
+    @property
+    def is_tied(self) -> bool:
+        """The head multiplies with the embedding table."""
+        return self.head is not None and self.head is self.embedding
+
+
+def find_tables(built: Architecture, tensors: tuple[TensorSpec, ...]) -> RootTables:
+    """Which of the root shard's `tensors` are the embedding table and the head's weight."""
+    by_name = {spec.name: spec for spec in tensors}
+    names = {id(module): name for name, module in built.model.named_modules()}
+
+    def weight_of(module: nn.Module | None) -> TensorSpec | None:
+        return None if module is None else by_name.get(f"{names.get(id(module))}.weight")
+
+    embedding, head = built.model.get_input_embeddings(), built.model.get_output_embeddings()
+    table = weight_of(embedding)
+    if head is None:
+        return RootTables(table, None)
+    return RootTables(table, weight_of(head) or table)
+
+
+def materialise_root(
+    built: Architecture, root: Shard, plan: Plan, device: torch.device, loader: Loader, timeline: Timeline
+) -> None:
     """Give the modules outside the layers their weights, and every module its computed buffers, on `device`.
 
-    The embedding table stays in host memory where the head does not share it: a sweep needs a few rows of it only.
     Buffers that no checkpoint stores (rotary frequencies, embedding scales) are computed by the model's own
     initialisation; the flag on the parameters keeps that from touching weights.
+
+    Raises:
+        ShardError: the root shard cannot be read.
     """
     model = built.model
-    LayerBinding(model, sharded.root).bind(BoundSlot(0, read_shard(sharded.root)))
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_table_shared = head is None or head.weight.is_meta  # a tied head has no bytes of its own
-    on_host = embedding if device.type != "cpu" and not is_table_shared else None
+    tables = find_tables(built, root.tensors)
+    stays = {spec.name for spec in root.tensors} - {spec.name for spec in (tables.embedding, tables.head) if spec}
+    if tables.head is not None and plan.head.num_blocks == 0:
+        stays.add(tables.head.name)
+    for spec in root.tensors:
+        if spec.name in stays:
+            loader.into_model(model, root, spec, model.dtype)
     for module in model.modules():
-        place = torch.device("cpu") if module is on_host else device
         for name, weight in list(module._parameters.items()):
             if weight is not None and not weight.is_meta:
-                module._parameters[name] = nn.Parameter(weight.to(place), requires_grad=False)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(place)
-    if on_host is not None:
-        _look_up_on_host(on_host, device)
+                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     model.tie_weights()
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
+    _compute_buffers(model, device)
+    if tables.embedding is not None and tables.embedding.name not in stays:
+        piece = tensor_piece(root, tables.embedding)
+        stored = map_piece(piece) if plan.embedding is Tier.DISK else loader.to_ram(piece)
+        table = stored.view(TORCH_DTYPES[tables.embedding.dtype]).view(tables.embedding.shape)
+        is_on_disk = plan.embedding is Tier.DISK
+        EmbeddingRows(model.get_input_embeddings(), table, device, timeline, is_on_disk=is_on_disk)
+
+
+def _compute_buffers(model: nn.Module, device: torch.device) -> None:
     owners = {}
-    for name, buffer in list(model.named_non_persistent_buffers()):
+    for name, buffer in list(model.named_non_persistent_buffers()):  # type: ignore[operator] # transformers' own
         path, _, leaf = name.rpartition(".")
         owner = owners[path] = model.get_submodule(path)
-        owner._buffers[leaf] = torch.empty_like(buffer, device="cpu" if owner is on_host else device)
+        owner._buffers[leaf] = torch.empty_like(buffer, device=device)
     for owner in owners.values():
-        model._init_weights(owner)
-
-
-def _look_up_on_host(embedding: nn.Module, device: torch.device) -> None:
-    """Let `embedding`, whose table is in host memory, take token ids from `device` and give rows to it."""
-
-    def bring_ids(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(ids.cpu() for ids in args)
-
-    def send_rows(module: nn.Module, args: tuple[torch.Tensor, ...], rows: torch.Tensor) -> torch.Tensor:
-        return rows.to(device)
-
-    embedding.register_forward_pre_hook(bring_ids)
-    embedding.register_forward_hook(send_rows)
+        model._init_weights(owner)  # type: ignore[operator] # transformers' own

@@ -1,29 +1,40 @@
 """One live sequence: its tokens, how far it has been computed, and when it ends.
 
-Changed by the sweep thread only. A resumed sequence replays the tokens of its earlier life, so that its text pieces,
-penalties and random draws continue as if nothing had happened.
+Changed by the sweep thread only; the `scheduler` decides when it rides, the `engine` hands it what a sweep brought. A
+resumed sequence replays the tokens of its earlier life, and a preempted one keeps its own, so that text pieces,
+penalties and random draws continue as if nothing had happened. Several samples of one prompt are a sequence each.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-
-import torch
+from dataclasses import replace
 
 from lamella_engine.detokenizer import Detokenizer
+from lamella_engine.kv_cache import PageTable
 from lamella_engine.packing import Span
 from lamella_engine.sampler import Choice, Draw
-from lamella_engine.sequence_types import FinishReason, SequenceFinished, SequenceRequest, SequenceTokens
+from lamella_engine.sequence_types import (
+    FinishReason,
+    Sampling,
+    SequenceFinished,
+    SequencePrefill,
+    SequenceRequest,
+    SequenceTokens,
+)
 
 
 class Sequence:
     """State of one sequence from submission to its last event.
 
     Attributes:
-        sequence_id: the caller's name for it.
+        sequence_id: the caller's name for it; all samples of a request have the same.
+        sample: which of the request's samples it is.
+        siblings: samples that start once this one has read the prompt they share; they run nowhere before.
         prompt_ids, generated_ids: its tokens.
         computed: tokens whose keys and values are in the cache.
-        slots: key-value slots while it is admitted, else None.
+        table: its pages in the key-value cache while it runs, else None.
         reason: why it ended, None while it lives.
         sweeps, streamed_bytes: sweeps it rode and the weight bytes they moved.
     """
@@ -35,13 +46,16 @@ class Sequence:
         detokenizer: Detokenizer | None,
         end_ids: frozenset[int],
         context_length: int,
+        sample: int = 0,
     ) -> None:
         self.sequence_id = request.sequence_id
-        self.sampling = request.sampling
+        self.sample = sample
+        self.siblings: list[Sequence] = []
+        self.sampling = sampling_of(request.sampling, sample)
         self.prompt_ids = prompt_ids
         self.generated_ids: list[int] = []
         self.computed = 0
-        self.slots: torch.Tensor | None = None
+        self.table: PageTable | None = None
         self.reason: FinishReason | None = None
         self.sweeps = 0
         self.streamed_bytes = 0
@@ -50,14 +64,15 @@ class Sequence:
         if not request.sampling.ignore_eos:
             self._end_ids |= end_ids
         self._limit = min(len(prompt_ids) + request.sampling.max_tokens, context_length)
+        self._told = 0  # tokens of which a prefill event told; what is computed again after a preemption is no news
         self._began = time.monotonic()
         for token_id in request.generated_ids:
             self._append(token_id)
 
     @property
-    def max_length(self) -> int:
-        """Tokens it can have at most, prompt included."""
-        return self._limit
+    def places(self) -> int:
+        """Sequences it stands for: itself and the siblings to come."""
+        return 1 + len(self.siblings)
 
     @property
     def length(self) -> int:
@@ -66,19 +81,37 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens not computed yet: one while it decodes, more while its prompt is read."""
+        """Tokens not computed yet, all of which must be before the next one is chosen."""
         return self.length - self.computed
+
+    @property
+    def is_reading(self) -> bool:
+        """True while some of its tokens are being read in chunks: the prompt, or all it had after a preemption."""
+        return self.pending > 1
 
     def span(self, count: int) -> Span:
         """Its next `count` tokens, for one sweep."""
-        assert self.slots is not None, "only an admitted sequence rides"
+        assert self.table is not None, "only an admitted sequence rides"
         end = self.computed + count
         split = len(self.prompt_ids)
         tokens = (
             self.prompt_ids[self.computed : end]
             + self.generated_ids[max(self.computed - split, 0) : max(end - split, 0)]
         )
-        return Span(tuple(tokens), self.computed, self.slots)
+        return Span(tuple(tokens), self.computed, self.table.slots)
+
+    def ride(self, count: int, streamed_bytes: int) -> None:
+        """Take note of a sweep that computed `count` of its tokens and moved `streamed_bytes` of weights."""
+        self.computed += count
+        self.sweeps += 1
+        self.streamed_bytes += streamed_bytes
+
+    def prefilled(self) -> SequencePrefill | None:
+        """The event that tells how far it has been read; None where an earlier one said as much."""
+        if self.computed <= self._told:
+            return None
+        self._told = self.computed
+        return SequencePrefill(self.sequence_id, self.computed, self.length)
 
     def draw(self) -> Draw:
         """What the sampler must know to choose its next token."""
@@ -89,14 +122,17 @@ class Sequence:
         position = len(self.generated_ids)
         text = self._append(choice.token_id)
         logprobs = None if choice.logprobs is None else (choice.logprobs,)
-        return SequenceTokens(self.sequence_id, position, (choice.token_id,), text, logprobs)
+        self._told = self.length
+        return SequenceTokens(self.sequence_id, position, (choice.token_id,), text, logprobs, self.sample)
 
-    def finished(self, error_code: str | None = None, error: str | None = None) -> SequenceFinished:
-        """Its last event; `reason` must be set."""
-        assert self.reason is not None, "only an ended sequence has a last event"
+    def finished(
+        self, reason: FinishReason, error_code: str | None = None, error: str | None = None
+    ) -> SequenceFinished:
+        """Its last event; it ends for that reason."""
+        self.reason = reason
         return SequenceFinished(
             sequence_id=self.sequence_id,
-            reason=self.reason,
+            reason=reason,
             prompt_tokens=len(self.prompt_ids),
             completion_tokens=len(self.generated_ids),
             sweeps=self.sweeps,
@@ -104,6 +140,7 @@ class Sequence:
             run_s=time.monotonic() - self._began,
             error_code=error_code,
             error=error,
+            sample=self.sample,
         )
 
     def _append(self, token_id: int) -> str:
@@ -119,3 +156,11 @@ class Sequence:
         if self.reason is not None and self._detokenizer is not None and not is_stopped:
             text += self._detokenizer.flush()
         return text
+
+
+def sampling_of(sampling: Sampling, sample: int) -> Sampling:
+    """`sampling` for one sample of several: the first draws as a single one does, each other from a seed of its own."""
+    if sample == 0 or sampling.seed is None:
+        return sampling
+    digest = hashlib.blake2b(sample.to_bytes(8, "little"), digest_size=8, key=sampling.seed.to_bytes(16, "little"))
+    return replace(sampling, seed=int.from_bytes(digest.digest(), "little"))

@@ -47,7 +47,8 @@ class SequenceRequest:
     """One sequence: exactly one of `prompt_ids`, `prompt` (raw text) and `messages` (role, content pairs).
 
     `generated_ids` are tokens drawn in an earlier life of the sequence: they are prefilled after the prompt, count
-    against `max_tokens`, and no event is made for them again.
+    against `max_tokens`, and no event is made for them again. `num_samples` continuations of the prompt run side by
+    side, each with a random stream and an end of its own; the first one is what a request of one sample would get.
     """
 
     sequence_id: str
@@ -56,6 +57,7 @@ class SequenceRequest:
     prompt: str | None = None
     messages: tuple[tuple[str, str], ...] | None = None
     generated_ids: tuple[int, ...] = ()
+    num_samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SequenceTokens:
-    """The tokens one sweep brought to one sequence.
+    """The tokens one sweep brought to one sample of a sequence.
 
     `position` counts generated tokens from 0 and is the index of ``token_ids[0]``; `text` is what the tokens add to
     the visible text (empty while a character or a possible stop string is incomplete).
@@ -80,11 +82,12 @@ class SequenceTokens:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True)
 class SequencePrefill:
-    """A sweep read part of a sequence's prompt and brought no token yet."""
+    """A sweep read part of a sequence's prompt, which its samples share, and brought no token yet."""
 
     sequence_id: str
     prefilled_tokens: int
@@ -93,7 +96,7 @@ class SequencePrefill:
 
 @dataclass(frozen=True)
 class SequenceFinished:
-    """The last event of a sequence. `error_code` and `error` are set where the reason is ERROR.
+    """The last event of one sample of a sequence. `error_code` and `error` are set where the reason is ERROR.
 
     `sweeps` are those the sequence rode in this life, `streamed_bytes` the weight bytes those sweeps moved.
     """
@@ -107,6 +110,7 @@ class SequenceFinished:
     run_s: float
     error_code: str | None = None
     error: str | None = None
+    sample: int = 0
 
 
 SequenceEvent = SequenceTokens | SequencePrefill | SequenceFinished
@@ -114,14 +118,18 @@ SequenceEvent = SequenceTokens | SequencePrefill | SequenceFinished
 
 @dataclass(frozen=True)
 class SweepEvents:
-    """Everything one sweep produced, for all sequences that rode it, in order; at most one SequenceTokens each."""
+    """Everything one sweep produced, for all sequences that rode it, in order; at most one SequenceTokens a sample."""
 
     events: tuple[SequenceEvent, ...]
 
 
 @dataclass(frozen=True)
 class EngineCounters:
-    """Totals since the engine opened; `last_sweep_at` is Unix seconds, None before the first sweep."""
+    """Totals since the engine opened; `last_sweep_at` is Unix seconds, None before the first sweep.
+
+    `streamed_bytes` are those that moved to where they were computed. `preemptions` counts sequences that were sent back
+    to wait because the key-value cache ran short. The rest is `timeline.StreamTotals`, which says what each means.
+    """
 
     running: int
     waiting: int
@@ -130,6 +138,14 @@ class EngineCounters:
     streamed_bytes: int
     peak_rss_bytes: int
     last_sweep_at: float | None
+    preemptions: int = 0
+    disk_bytes: int = 0
+    ram_bytes: int = 0
+    vram_bytes: int = 0
+    read_s: float = 0.0
+    copy_s: float = 0.0
+    compute_s: float = 0.0
+    sweep_s: float = 0.0
 
 
 @dataclass(frozen=True)

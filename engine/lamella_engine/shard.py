@@ -26,12 +26,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its data are `nbytes` bytes from `data_start` on."""
+    """One file: its data are `nbytes` bytes from `data_start` on.
+
+    `digest` is the SHA-256 of the whole file in hex, as recorded when it was built; empty where nobody recorded one.
+    """
 
     path: Path
     data_start: int
     nbytes: int
     tensors: tuple[TensorSpec, ...]
+    digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def check_files(manifest: Manifest, directory: Path, *, use_stamps: bool, progre
         raise damaged(faults[0][0], faults[0][1] + others, manifest.name)
 
 
-def read_shard_layout(path: Path, name: str) -> Shard:
-    """Read where the tensors of the shard `path` (of the model `name`) lie.
+def read_shard_layout(path: Path, name: str, digest: str = "") -> Shard:
+    """Read where the tensors of the shard `path` (of the model `name`, recorded SHA-256 `digest`) lie.
 
     Raises:
         ShardError: the file is not a shard of this format.
@@ -78,7 +78,7 @@ def read_shard_layout(path: Path, name: str) -> Shard:
     )
     if header.data_start % DATA_ALIGNMENT or any(spec.offset % TENSOR_ALIGNMENT for spec in specs):
         raise damaged(path, "its tensors do not lie where they should", name)
-    return Shard(path, header.data_start, header.file_bytes - header.data_start, specs)
+    return Shard(path, header.data_start, header.file_bytes - header.data_start, specs, digest)
 
 
 def hash_file(path: Path) -> str:

@@ -266,10 +266,11 @@ class ShardStore:
     def _open(self, manifest: Manifest, progress: Progress) -> ShardedModel:
         directory = self.build_directory(manifest)
         check_files(manifest, directory, use_stamps=True, progress=progress)
-        root = read_shard_layout(directory / manifest.root.file, manifest.name)
-        layers = tuple(read_shard_layout(directory / record.file, manifest.name) for record in manifest.layers)
+        root, *layers = (
+            read_shard_layout(directory / record.file, manifest.name, record.sha256) for record in manifest.shards
+        )
         size_bytes = root.nbytes + sum(layer.nbytes for layer in layers)
-        return ShardedModel(manifest.name, directory, manifest.dtype, root, layers, size_bytes)
+        return ShardedModel(manifest.name, directory, manifest.dtype, root, tuple(layers), size_bytes)
 
 
 def open_source(origin: Path) -> WeightSource:

@@ -1,11 +1,14 @@
 """One sweep: every layer of the model passes the compute device once, for all packed sequences together.
 
-Owns the model in memory: what lies outside the layers stays resident, each layer's weights are bound as its bytes
-arrive and let go when it has run. `Model.forward` of transformers is kept as it is; hooks on the layers do the rest.
+Owns the model in memory: what lies outside the layers, and the binding of each layer to the bytes that the weight
+stream brings. `Model.forward` of transformers is kept as it is; only the layers' own forward is wrapped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -13,48 +16,81 @@ import torch
 from torch import nn
 
 from lamella_engine import architecture
+from lamella_engine.architecture import Architecture
 from lamella_engine.attention import IMPLEMENTATION, sweep_attention
-from lamella_engine.binding import TORCH_DTYPES, LayerBinding
+from lamella_engine.binding import LayerBinding
 from lamella_engine.errors import EngineError
 from lamella_engine.kv_cache import KVCache
-from lamella_engine.packing import PackedSweep
-from lamella_engine.resident import materialise_root
+from lamella_engine.layer_graphs import DecodeBucket, LayerGraphs
+from lamella_engine.packing import Pack, PackedSweep, Span
+from lamella_engine.placement import Plan, Tier
 from lamella_engine.shard import ShardedModel
-from lamella_engine.slots import open_layer_slots
+from lamella_engine.timeline import Timeline
+from lamella_engine.weight_stream import BoundSlot, WeightStream
+
+
+@dataclass(frozen=True)
+class StreamedWeights:
+    """Where the weights are, the layers' places for them, what brings them, and who is told of it."""
+
+    plan: Plan
+    bindings: list[LayerBinding]
+    stream: WeightStream
+    timeline: Timeline
 
 
 class SweepModel:
-    """A model whose layers stream; used by one thread at a time, closed by its owner.
+    """A model whose weights are where its plan says; used by one thread at a time, closed by its owner.
+
+    `open_model.open_sweep_model` makes one.
 
     Attributes:
         sharded: the shards it runs from.
-        streamed_bytes_per_sweep: weight bytes that one sweep reads from them.
+        plan: where everything is.
+        timeline: what moved, and when.
+        streamed_bytes_per_sweep: weight bytes that one sweep moves, from disk or from RAM to a device.
         device, dtype: where and in which type it computes.
         config: the text model's transformers config.
     """
 
-    def __init__(self, sharded: ShardedModel, device: torch.device, dtype: str | None, ring_slots: int) -> None:
+    def __init__(
+        self,
+        sharded: ShardedModel,
+        built: Architecture,
+        weights: StreamedWeights,
+        device: torch.device,
+        resources: ExitStack,
+    ) -> None:
+        plan = weights.plan
         self.sharded = sharded
-        self.streamed_bytes_per_sweep = sum(shard.nbytes for shard in sharded.layers)
+        self.plan = plan
+        self.timeline = weights.timeline
         self.device = device
-        self.dtype = TORCH_DTYPES[dtype or sharded.dtype]
-        built = architecture.build(architecture.load_config(sharded.directory), self.dtype)
+        self.dtype: torch.dtype = built.model.dtype
         self.config = built.config
         self.family = built.family
+        self._tier_bytes = (plan.layer_bytes(Tier.DISK), plan.layer_bytes(Tier.RAM), plan.layer_bytes(Tier.VRAM))
+        self.streamed_bytes_per_sweep = self._tier_bytes[0] + (0 if plan.vram is None else self._tier_bytes[1])
         self._model = built.model
         self._model.set_attn_implementation(IMPLEMENTATION)
         self._keeps_rows = "logits_to_keep" in signature(self._model.forward).parameters
         self._windows = architecture.sliding_windows(built.config, len(built.layers))
+        self._bindings = weights.bindings
+        self._stream = weights.stream
+        self._graphs = LayerGraphs(self.device, self._windows)
+        self._bucket: DecodeBucket | None = None
+        self._resources = resources
         self._layers_run = 0
-        self._is_interrupted = False  # a sweep failed half-way, the slots are not at the first layer
-        materialise_root(built, sharded, device)
-        self._bindings = [LayerBinding(layer, shard) for layer, shard in zip(built.layers, sharded.layers, strict=True)]
-        self._slots = open_layer_slots(sharded.layers, ring_slots, device)
+        self._is_interrupted = False  # a sweep failed half-way, the stream is not at the first layer
         for index, layer in enumerate(built.layers):
-            layer.register_forward_pre_hook(self._arrive(index))
-            layer.register_forward_hook(self._leave(index))
+            layer.forward = self._streamed(index, layer.forward)
 
-    def run(self, pack: PackedSweep, cache: KVCache) -> torch.Tensor:
+    def pack(self, spans: list[Span]) -> Pack:
+        """Pack the spans of the next sweep, which `run` then takes."""
+        self._bucket = self._graphs.bucket(spans)
+        return PackedSweep(spans, self.device) if self._bucket is None else self._bucket.pack
+
+    def run(self, pack: Pack, cache: KVCache) -> torch.Tensor:
         """Run one sweep, from the first layer whatever became of the one before.
 
         Returns:
@@ -65,7 +101,9 @@ class SweepModel:
             EngineError: the model did not call its layers once each, in order.
         """
         if self._is_interrupted:
-            self._slots.rewind()
+            self._stream.rewind()
+        else:
+            self._stream.end_sweep()
         self._is_interrupted = True
         self._layers_run = 0
         with torch.inference_mode(), sweep_attention(pack, cache, self._windows):
@@ -78,26 +116,57 @@ class SweepModel:
             if self._layers_run != len(self._bindings):
                 raise EngineError(f"the model ran {self._layers_run} of its {len(self._bindings)} layers in this sweep")
             logits: torch.Tensor = output.logits[0] if self._keeps_rows else output.logits[0, pack.last_rows]
+            logits = logits.float()
         self._is_interrupted = False
-        return logits.float()
+        self.timeline.add_sweep_bytes(*self._tier_bytes)
+        return logits
 
     def close(self) -> None:
         """Stop reading and drop the weights; idempotent."""
-        self._slots.close()
+        self._stream.close()
+        self._graphs.close()
+        self._bucket = None
         for binding in self._bindings:
             binding.unbind()
+        for module in self._model.modules():
+            _forget_tensors(module)
+        self._resources.close()
 
-    def _arrive(self, index: int) -> Any:
+    def _streamed(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         binding = self._bindings[index]
 
-        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
-            binding.bind(self._slots.acquire(index))
-
-        return hook
-
-    def _leave(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            self._slots.release()
+        def run_layer(*args: Any, **kwargs: Any) -> Any:
+            slot = self._stream.acquire(index)
+            if self._bucket is None:
+                binding.bind(slot)
+                result = forward(*args, **kwargs)
+            else:
+                result = self._replayed(index, slot, forward, args, kwargs)
+            self._stream.release(index)
             self._layers_run += 1
+            return result
 
-        return hook
+        return run_layer
+
+    def _replayed(
+        self, index: int, slot: BoundSlot, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        def body(*args: Any, **kwargs: Any) -> Any:
+            self._bindings[index].bind(slot)
+            return forward(*args, **kwargs)
+
+        assert self._bucket is not None, "only called within a bucket"
+        try:
+            return self._bucket.run((index, slot.key), body, args, kwargs)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            self._graphs.disable(error)
+            self._bucket = None
+            return body(*args, **kwargs)
+
+
+def _forget_tensors(module: nn.Module) -> None:
+    """Let go of memory that belongs to the model's resources."""
+    for tensors in (module.__dict__["_parameters"], module.__dict__["_buffers"]):
+        for name, tensor in tensors.items():
+            if tensor is not None and not tensor.is_meta:
+                tensors[name] = torch.empty_like(tensor, device="meta")

@@ -38,7 +38,7 @@ def store(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def options(store: Path) -> EngineOptions:
-    return EngineOptions(store=store, device="cpu", max_sequences=6, sweep_tokens=32, offline=True)
+    return EngineOptions(store=store, device="cpu", max_sequences=6, sweep_tokens=32, ram=0, offline=True)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_a_failed_sweep_ends_its_sequences_and_the_next_one_works(
     sharded = ShardStore(tmp_path).ensure("tiny", source=tiny_llama_dir)
     path = sharded.layers[2].path
     whole = path.read_bytes()
-    options = EngineOptions(store=tmp_path, device="cpu")
+    options = EngineOptions(store=tmp_path, device="cpu", ram=0)
     sampling = Sampling(max_tokens=24, ignore_eos=True)
 
     with Engine.open("tiny", options) as engine:

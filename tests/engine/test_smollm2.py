@@ -51,7 +51,7 @@ def full_load(smollm2_gguf: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def engine(smollm2_store: Path) -> Iterator[Engine]:
-    options = EngineOptions(store=smollm2_store, device="cpu", max_sequences=len(QUESTIONS), offline=True)
+    options = EngineOptions(store=smollm2_store, device="cpu", max_sequences=len(QUESTIONS), ram=0, offline=True)
     with Engine.open("SmolLM2-135M-Instruct", options) as engine:
         yield engine
 
@@ -90,47 +90,39 @@ def test_memory_stays_below_a_full_load_by_about_the_streamed_layers(smollm2_sto
     sharded = ShardStore(smollm2_store).open("SmolLM2-135M-Instruct")
     layers = [shard.nbytes for shard in sharded.layers]
 
-    streamed = _peak_growth_bytes("stream", smollm2_store)
-    full = _peak_growth_bytes("full", smollm2_store)
+    streamed, budget = _peak_growth_bytes("stream", smollm2_store)
+    full, _ = _peak_growth_bytes("full", smollm2_store)
 
     saved = sum(layers) - 3 * max(layers)
     assert full - streamed > 0.8 * saved, f"full {full / 1e6:.0f} MB, streamed {streamed / 1e6:.0f} MB"
+    assert streamed <= budget, f"{streamed:,} bytes where the plan has {budget:,}"
 
 
 _MEASURE = """
 import json, sys
-import torch, transformers
+import torch
 from pathlib import Path
-from lamella_engine import AutoModel, ShardStore
-from lamella_engine.resident import materialise_root
-from lamella_engine import architecture
-from lamella_engine.binding import LayerBinding
-from lamella_engine.reader import read_shard
-from lamella_engine.slots import BoundSlot
+from lamella_engine import Engine, EngineOptions, Sampling, SequenceFinished, SequenceRequest, ShardStore, architecture
 from lamella_engine.device import peak_rss_bytes as peak
 
 mode, store = sys.argv[1], Path(sys.argv[2])
 sharded = ShardStore(store).open("SmolLM2-135M-Instruct")
 architecture.build(architecture.load_config(sharded.directory), torch.float32)
-ids = torch.arange(100, 120)[None]
 before = peak()
-if mode == "stream":
-    with AutoModel.from_pretrained("SmolLM2-135M-Instruct", layer_shards_saving_path=store, device="cpu") as model:
-        model.generate(ids, max_new_tokens=4)
-else:
-    built = architecture.build(architecture.load_config(sharded.directory), torch.float32)
-    materialise_root(built, sharded, torch.device("cpu"))
-    for index, (layer, shard) in enumerate(zip(built.layers, sharded.layers)):
-        LayerBinding(layer, shard).bind(BoundSlot(index, read_shard(shard)))
-    with torch.inference_mode():
-        built.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-print(json.dumps(peak() - before))
+options = EngineOptions(store=store, device="cpu", ram=0 if mode == "stream" else "auto", max_sequences=1)
+with Engine.open_sharded(sharded, torch.device("cpu"), options) as engine:
+    engine.submit(SequenceRequest("one", Sampling(max_tokens=4), prompt_ids=tuple(range(100, 120))))
+    for batch in engine.events():
+        if any(isinstance(event, SequenceFinished) for event in batch.events):
+            break
+    print(json.dumps([peak() - before, engine.plan.ram.used]))
 """
 
 
-def _peak_growth_bytes(mode: str, store: Path) -> int:
-    """How much the peak resident memory of a fresh process grows while it generates, loading `mode`."""
+def _peak_growth_bytes(mode: str, store: Path) -> tuple[int, int]:
+    """How much the peak resident memory of a fresh process grows while it generates, and what its plan allows."""
     result = subprocess.run(
         [sys.executable, "-c", _MEASURE, mode, str(store)], capture_output=True, text=True, timeout=200, check=True
     )
-    return int(json.loads(result.stdout.strip().splitlines()[-1]))
+    growth, budget = json.loads(result.stdout.strip().splitlines()[-1])
+    return int(growth), int(budget)

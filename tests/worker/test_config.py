@@ -85,7 +85,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path, te
         ("engine.max_sequences", "0"),
         ("engine.max_sequences", '"8"'),
         ("engine.max_sequences", "true"),
-        ("engine.ring_slots", "1"),
+        ("engine.vram", "true"),
         ("engine.kv_tokens", "3"),
         ("engine.dtype", '"int8"'),
         ("engine.offline", '"yes"'),

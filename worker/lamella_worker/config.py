@@ -37,6 +37,8 @@ FLAGS = {
     "engine.store": "--store",
     "engine.dtype": "--dtype",
     "engine.max_sequences": "--slots",
+    "engine.vram": "--vram",
+    "engine.ram": "--ram",
     "engine.offline": "--offline",
 }
 ENVIRONMENT = {"redis.url": "LAMELLA_REDIS_URL", "engine.store": "LAMELLA_STORE"}
@@ -142,16 +144,26 @@ class EngineTable(_Table):
         default=None, description="compute type: float32, bfloat16 or float16; left out, the type stored"
     )
     max_sequences: int = Field(default=8, ge=1, le=4096, description="jobs that share a sweep at most (the slots)")
-    sweep_tokens: int = Field(default=512, ge=16, le=65536, description="tokens a sweep carries at most")
+    sweep_tokens: int | None = Field(
+        default=None, ge=16, le=65536, description="tokens a sweep carries at most; left out, as many as ride for free"
+    )
     kv_tokens: int | None = Field(
         default=None, ge=16, description="tokens of key-value cache for all jobs together; left out, derived"
     )
-    ring_slots: int = Field(default=3, ge=2, le=64, description="host buffers the reader fills ahead of the sweep")
+    vram: int | str = Field(
+        default="auto", description='device memory it may take: bytes, "4GiB", "80%" of the card, or "auto"'
+    )
+    ram: int | str = Field(
+        default="auto", description='host memory for weights, in the same forms; 0 keeps no layer in RAM'
+    )
+    shared_memory: Annotated[Path | None, BeforeValidator(_as_path)] = Field(
+        default=None, description="directory in memory where this host's workers share weights; left out, /dev/shm"
+    )
     offline: bool = Field(default=False, description="true never asks the hub")
 
     @model_validator(mode="after")
     def _fits_together(self) -> EngineTable:
-        if self.sweep_tokens < self.max_sequences:
+        if self.sweep_tokens is not None and self.sweep_tokens < self.max_sequences:
             raise ValueError(
                 f"sweep_tokens ({self.sweep_tokens}) is below max_sequences ({self.max_sequences}), so not every job "
                 f"could get a token in a sweep; raise sweep_tokens to at least {self.max_sequences} or lower "

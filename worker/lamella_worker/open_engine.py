@@ -27,7 +27,9 @@ def open_engine(config: WorkerConfig, device: PinnedDevice) -> Engine:
             max_sequences=table.max_sequences,
             sweep_tokens=table.sweep_tokens,
             kv_tokens=table.kv_tokens,
-            ring_slots=table.ring_slots,
+            vram=table.vram,
+            ram=table.ram,
+            shared_memory=table.shared_memory,
             offline=table.offline,
         )
         return Engine.open(config.worker.model, options)

@@ -14,6 +14,7 @@ GROUP = "lamella.commands"
 _HELP = {
     "worker": "Run a worker: serve one model from one device.",
     "models": "List, inspect, verify and remove models in the store.",
+    "plan": "Show where a model's layers would live within given budgets, and how fast it would run.",
 }
 
 

@@ -1,0 +1,193 @@
+"""What this machine can read, copy and compute, measured in the run that uses the figures as limits.
+
+Owns the four lanes: disk (O_DIRECT, several depths, the best), host memory, host to device from pinned memory, device
+memory, and arithmetic. Bytes and operations a second; each the best of several tries, since a limit is what the
+machine can do and not what it does on average. Runs in a process of its own (`stage`); knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.coldness import drop_file_cache
+
+DEPTHS = (1, 2, 4, 8, 16)
+BLOCK_BYTES = 8 << 20
+SECONDS_PER_DEPTH = 1.5
+BYTES_PER_DEPTH = 3 << 30
+TRIES = 5
+MIB = 1 << 20
+
+
+def disk_bandwidth(paths: list[Path], *, seconds_per_depth: float = SECONDS_PER_DEPTH) -> dict[str, Any]:
+    """Read `paths` with 1 to 16 threads at once; the best bytes a second, and every depth's.
+
+    With O_DIRECT; where the file system refuses it, through the file cache after dropping the files from it, and
+    `direct` is false.
+    """
+    depths: dict[str, float] = {}
+    is_direct = _takes_direct(paths[0])
+    blocks = [(path, at) for path in paths for at in range(0, path.stat().st_size - BLOCK_BYTES + 1, BLOCK_BYTES)]
+    block_bytes = BLOCK_BYTES
+    if not blocks:  # files smaller than a block: read each as a whole, rounded down to pages
+        block_bytes = min(BLOCK_BYTES, max(path.stat().st_size for path in paths) // mmap.PAGESIZE * mmap.PAGESIZE)
+        blocks = [(path, 0) for path in paths if path.stat().st_size >= block_bytes > 0]
+    if not blocks:
+        raise ValueError("the files are smaller than a page: there is nothing to measure the disk with")
+    place = 0
+    for depth in DEPTHS:
+        rotated = blocks[place:] + blocks[:place]
+        if not is_direct:
+            drop_file_cache(paths)
+        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if is_direct else 0)
+        read, seconds = _read_blocks(rotated, block_bytes, depth, seconds_per_depth, flags)
+        depths[str(depth)] = round(read / seconds)
+        place = (place + read // block_bytes) % len(blocks)
+    return {"bytes_per_s": max(depths.values()), "direct": is_direct, "depths": depths, "block_bytes": block_bytes}
+
+
+def _read_blocks(
+    blocks: list[tuple[Path, int]], block_bytes: int, depth: int, seconds: float, flags: int
+) -> tuple[int, float]:
+    """Bytes read by `depth` threads, and seconds taken."""
+    counts = [0] * depth
+    failures: list[OSError] = []
+    deadline = time.perf_counter() + seconds
+    files = {path: os.open(path, flags) for path, _ in blocks}
+
+    def read(worker: int) -> None:
+        with contextlib.closing(mmap.mmap(-1, block_bytes)) as buffer:
+            # Read directly, a block comes from the disk however often; through the file cache only the first time.
+            mine = blocks[worker::depth]
+            for path, at in itertools.cycle(mine) if flags & os.O_DIRECT else mine:
+                if time.perf_counter() > deadline or sum(counts) >= BYTES_PER_DEPTH:
+                    return
+                try:
+                    counts[worker] += os.preadv(files[path], [buffer], at)
+                except OSError as error:
+                    failures.append(error)
+                    return
+
+    try:
+        began = time.perf_counter()
+        threads = [threading.Thread(target=read, args=(worker,), daemon=True) for worker in range(depth)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=seconds + 60.0)
+        took = time.perf_counter() - began
+    finally:
+        for file in files.values():
+            os.close(file)
+    if failures or any(thread.is_alive() for thread in threads):
+        raise OSError(f"reading for calibration failed: {failures[0] if failures else 'the disk does not answer'}")
+    return sum(counts), took
+
+
+def _takes_direct(path: Path) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        raise
+    try:
+        with contextlib.closing(mmap.mmap(-1, mmap.PAGESIZE)) as buffer:
+            os.preadv(file, [buffer], 0)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    finally:
+        os.close(file)
+    return True
+
+
+def host_memory_bandwidth(nbytes: int = 512 * MIB) -> float:
+    """Bytes a second that all threads together read from host memory."""
+    numbers = torch.ones(nbytes // 4, dtype=torch.float32)
+    matrix, vector = numbers.view(-1, 4096), torch.ones(4096)
+    best = min(_best_seconds(lambda: numbers.sum()), _best_seconds(lambda: torch.mv(matrix, vector)))
+    return numbers.nbytes / best
+
+
+def pinned_copy_bandwidth(device: torch.device, nbytes: int = 256 * MIB) -> float:
+    """Bytes a second from pinned host memory to a GPU."""
+    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def copy() -> None:
+        for _ in range(8):
+            target.copy_(source, non_blocking=True)
+
+    return 8 * nbytes / _best_seconds(copy, device)
+
+
+def device_memory_bandwidth(device: torch.device, dtype: torch.dtype, nbytes: int = 512 * MIB) -> float:
+    """Bytes a second that a matrix-vector product reads its matrix with, on a GPU."""
+    columns = 8192
+    matrix = torch.ones(nbytes // dtype.itemsize // columns, columns, dtype=dtype, device=device)
+    vector = torch.ones(columns, dtype=dtype, device=device)
+
+    def multiply() -> None:
+        for _ in range(8):
+            torch.mv(matrix, vector)
+
+    def copy() -> None:  # reads one half and writes the other
+        half = len(matrix) // 2
+        for _ in range(8):
+            matrix[:half].copy_(matrix[half : 2 * half])
+
+    return 8 * matrix.nbytes / min(_best_seconds(multiply, device), _best_seconds(copy, device))
+
+
+def operations_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds a second, counted as two, of a large square product."""
+    size = 4096 if device.type == "cuda" else 1024
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(left, right), device)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device | None = None) -> float:
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    once()
+    return min(once() for _ in range(TRIES))
+
+
+def calibrate(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measure every lane, one after the other; yields what is known after each.
+
+    `spec`: device, dtype, files (to read from disk), seconds_per_depth.
+    """
+    device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
+    report: dict[str, Any] = {"device": str(device), "dtype": spec["dtype"]}
+    report["host_memory_bytes_per_s"] = host_memory_bandwidth()
+    yield report
+    if device.type == "cuda":
+        report["h2d_bytes_per_s"] = pinned_copy_bandwidth(device)
+        report["device_memory_bytes_per_s"] = device_memory_bandwidth(device, dtype)
+    else:
+        report["device_memory_bytes_per_s"] = report["host_memory_bytes_per_s"]
+    report["operations_per_s"] = operations_per_second(device, dtype)
+    yield report
+    files = [Path(name) for name in spec["files"]]
+    report["disk"] = disk_bandwidth(files, seconds_per_depth=spec["seconds_per_depth"])
+    yield report

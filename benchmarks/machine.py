@@ -1,0 +1,86 @@
+"""Where a benchmark ran: processor, memory, GPU, the disk under the files, and the versions of everything."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("lamella", "torch", "transformers", "accelerate", "airllm", "safetensors", "numpy")
+
+
+def machine_facts(path: Path, device: str) -> dict[str, Any]:
+    """Everything about this machine that a figure depends on; `path` lies on the disk in question."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "gpu": _gpu(device),
+        "disk": _mount(path),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": _versions(),
+    }
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory this process has had resident so far; None where the system does not tell."""
+    value = _field("/proc/self/status", "VmHWM")
+    return int(value.split()[0]) * 1024 if value else None
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _gpu(device: str) -> str | None:
+    """The GPU's name, memory, driver and bus, asked of the driver's tool so that no CUDA context is made here."""
+    if not device.startswith("cuda"):
+        return None
+    fields = "name,memory.total,driver_version,pcie.link.gen.max,pcie.link.width.max"
+    index = device.partition(":")[2] or "0"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={index}"]
+    try:
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown: nvidia-smi does not answer"
+    return outcome.stdout.strip() or f"unknown: {outcome.stderr.strip()[:200]}"
+
+
+def _mount(path: Path) -> dict[str, str | None]:
+    """The file system `path` lies on, by the longest mount point that leads to it."""
+    target, best = str(path.resolve()), ("", "unknown", "unknown")
+    for line in _lines("/proc/self/mounts"):
+        source, point, kind = line.split()[:3]
+        is_above = target == point or target.startswith(point.rstrip("/") + "/")
+        if is_above and len(point) >= len(best[0]):
+            best = (point, kind, source)
+    number = os.stat(path).st_dev
+    block = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    name = block.resolve().name if block.exists() else None
+    return {"mount": best[0], "file_system": best[1], "source": best[2], "block_device": name}
+
+
+def _field(path: str, name: str) -> str | None:
+    for line in _lines(path):
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,99 @@
+"""What a plan will cost: seconds a sweep and tokens a second, from bytes and bandwidths.
+
+    seconds >= max(bytes from disk / disk, bytes to the device / bus, bytes of weights / memory, 2 P T / flops)
+
+All lanes work at once, so the slowest one is the sweep. On a CPU nothing is copied, and reading weights from memory
+and multiplying with them is one piece of work after the other: those two add up. Keys and values read by attention,
+launch overhead and the waits of a real machine are not in it: it is the limit that a measurement is held against.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lamella_engine.placement import Bandwidths, ModelSizes, Plan, Tier
+
+
+@dataclass(frozen=True)
+class LaneSeconds:
+    """Seconds of a sweep that each lane is busy: reading, copying to the device, weights from memory, arithmetic."""
+
+    disk: float
+    bus: float
+    memory: float
+    compute: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a decoding sweep of `num_sequences` sequences takes at best.
+
+    Attributes:
+        num_sequences: how many decode at once; what exceeds the plan's tokens a sweep waits for the next one.
+        seconds: of one sweep.
+        tokens_per_second: of all sequences together.
+        lanes: how long each lane is busy.
+        binding: the lane that limits: ``disk``, ``bus``, ``memory`` or ``compute``.
+    """
+
+    num_sequences: int
+    seconds: float
+    tokens_per_second: float
+    lanes: LaneSeconds
+    binding: str
+
+
+def predict(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, num_sequences: int) -> Prediction:
+    """Predict a sweep in which each of `num_sequences` sequences gets one token."""
+    tokens = min(num_sequences, plan.sweep_tokens)
+    lanes = _lanes(sizes, plan, bandwidths, tokens)
+    if plan.vram is None:
+        works = {"disk": lanes.disk, "memory": lanes.memory + lanes.compute}
+        binding = "compute" if lanes.compute > lanes.memory else "memory"
+    else:
+        # With one slot the bus waits while the piece in it is computed; with more it never does.
+        bus = lanes.bus + (_streamed_share(plan) * max(lanes.memory, lanes.compute) if plan.device_slots == 1 else 0.0)
+        works = {"disk": lanes.disk, "bus": bus, "memory": lanes.memory, "compute": lanes.compute}
+        binding = max(works, key=lambda lane: works[lane])
+    seconds = max(works.values())
+    if seconds == works["disk"] and lanes.disk > 0:
+        binding = "disk"
+    return Prediction(num_sequences, seconds, tokens / seconds if seconds else math.inf, lanes, binding)
+
+
+def free_tokens(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths) -> int:
+    """How many tokens ride a sweep of `plan` for free: those computed in the time that moving its weights takes."""
+    lanes = _lanes(sizes, plan, bandwidths, 1)
+    return int(bandwidths.flops * max(lanes.disk, lanes.bus, lanes.memory) / (2 * sizes.active_parameters))
+
+
+def computed_bytes(sizes: ModelSizes, nbytes: int, *, is_streamed: bool) -> int:
+    """Memory traffic of computing with `nbytes` bytes of weights where they lie.
+
+    A streamed piece that is stored in another type is read, written in the compute type, and read again.
+    """
+    if not is_streamed or sizes.expansion == 1:
+        return nbytes
+    return nbytes + 2 * math.ceil(nbytes * sizes.expansion)
+
+
+def _lanes(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, tokens: int) -> LaneSeconds:
+    on_disk, in_ram = plan.layer_bytes(Tier.DISK), plan.layer_bytes(Tier.RAM)
+    home = Tier.RAM if plan.vram is None else Tier.VRAM
+    read = sum(computed_bytes(sizes, place.nbytes, is_streamed=place.tier is not home) for place in plan.layers)
+    read += computed_bytes(sizes, plan.head.nbytes, is_streamed=plan.head.num_blocks > 0)
+    read += math.ceil(sizes.other * sizes.expansion)
+    return LaneSeconds(
+        disk=on_disk / bandwidths.disk,
+        bus=0.0 if plan.vram is None else (on_disk + in_ram) / bandwidths.h2d,
+        memory=read / bandwidths.device_memory,
+        compute=2 * sizes.active_parameters * tokens / bandwidths.flops,
+    )
+
+
+def _streamed_share(plan: Plan) -> float:
+    """How much of the weights passes a slot."""
+    streamed = plan.layer_bytes(Tier.RAM) + plan.layer_bytes(Tier.DISK)
+    resident = plan.layer_bytes(Tier.VRAM) + (0 if plan.head.num_blocks else plan.head.nbytes)
+    return streamed / max(1, streamed + resident)

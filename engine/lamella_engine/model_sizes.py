@@ -1,0 +1,153 @@
+"""A model in figures for the planner: from built shards, or from what shards would hold.
+
+Owns the way from tensors and config values to `ModelSizes`. Neighbours: `model_source` before it, `planner` after it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from lamella_engine import architecture
+from lamella_engine.architecture import Architecture
+from lamella_engine.kv_shape import attention_width, kv_bytes_per_token, whole
+from lamella_engine.model_source import ModelContents, ModelSource, ShardContents, torch_dtype
+from lamella_engine.placement import ModelSizes
+from lamella_engine.shard import ShardedModel
+from lamella_engine.shard_writer import size_of
+from lamella_engine.weight_source import TensorShape
+
+NO_CONTEXT_LIMIT = 1 << 20  # tokens, for families whose config names no limit
+_ROUTED_COUNTS = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+
+
+def sizes_of_sharded(sharded: ShardedModel, built: Architecture) -> ModelSizes:
+    """The sizes of a model of the store that computes in the dtype it was `built` in."""
+    layers = tuple(map(ShardContents.of_shard, sharded.layers))
+    contents = ModelContents(ShardContents.of_shard(sharded.root), layers)
+    return _sizes(sharded.name, contents, built, torch_dtype(sharded.dtype), built.model.dtype)
+
+
+def sizes_of_source(source: ModelSource, dtype: torch.dtype | None = None) -> ModelSizes:
+    """The sizes of a model that was found, built or not; `dtype` is the type it computes in, None the stored one.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete.
+        UnsupportedModel: it cannot run here.
+    """
+    tree = source.build()
+    return sizes_of_contents(source, source.contents(tree), tree, dtype)
+
+
+def sizes_of_contents(
+    source: ModelSource, contents: ModelContents, tree: Architecture, dtype: torch.dtype | None = None
+) -> ModelSizes:
+    """As `sizes_of_source`, for a caller that has the contents and the tree (in the stored dtype) at hand."""
+    if dtype is not None and dtype != source.torch_dtype:
+        tree = architecture.build(source.config, dtype)
+    return _sizes(source.name, contents, tree, source.torch_dtype, dtype or source.torch_dtype)
+
+
+def _sizes(
+    name: str, contents: ModelContents, tree: Architecture, stored: torch.dtype, dtype: torch.dtype
+) -> ModelSizes:
+    text = tree.config
+    embedding, head = _tables(tree, contents.root)
+    table_bytes, head_bytes = (0 if tensor is None else size_of(tensor) for tensor in (embedding, head))
+    is_tied = head is None and tree.model.get_output_embeddings() is not None
+    multiplied = embedding if is_tied else head
+    return ModelSizes(
+        name=name,
+        layers=tuple(layer.nbytes for layer in contents.layers),
+        embedding=table_bytes,
+        head=head_bytes,
+        is_tied=is_tied,
+        other=contents.root.nbytes - table_bytes - head_bytes,
+        kv_bytes_per_token=kv_bytes_per_token(text, dtype),
+        expansion=1.0 if dtype == stored else _expansion(contents.layers, tree),
+        active_parameters=_active_parameters(contents.layers, text) + _numbers(multiplied),
+        hidden_size=int(text.hidden_size),
+        intermediate_size=_intermediate_size(text),
+        attention_width=attention_width(text),
+        vocabulary=multiplied.shape[0] if multiplied is not None else int(text.vocab_size),
+        itemsize=dtype.itemsize,
+        context_length=whole(text, "max_position_embeddings") or NO_CONTEXT_LIMIT,
+    )
+
+
+def _tables(tree: Architecture, root: ShardContents) -> tuple[TensorShape | None, TensorShape | None]:
+    """The embedding table and the head's own weight among the tensors of the root; None for what is not stored."""
+    by_name = {tensor.name: tensor for tensor in root.tensors}
+    paths = {id(module): path for path, module in tree.model.named_modules()}
+
+    def weight_of(module: nn.Module | None) -> TensorShape | None:
+        return None if module is None else by_name.get(f"{paths.get(id(module))}.weight")
+
+    embedding = weight_of(tree.model.get_input_embeddings())
+    head = weight_of(tree.model.get_output_embeddings())
+    # Some families store a tied table under the head's name.
+    return (head, None) if embedding is None else (embedding, head)
+
+
+def _expansion(layers: tuple[ShardContents, ...], tree: Architecture) -> float:
+    """Bytes in the types the modules compute in per stored byte; of the layer where it is most."""
+    native = tree.model.state_dict()
+    return max(
+        sum(
+            _computed_bytes(tensor, native.get(f"{tree.layers_path}.{index}.{tensor.name}")) for tensor in layer.tensors
+        )
+        / max(1, layer.tensor_bytes)
+        for index, layer in enumerate(layers)
+    )
+
+
+def _computed_bytes(tensor: TensorShape, expected: torch.Tensor | None) -> int:
+    if expected is None or not expected.is_floating_point():
+        return size_of(tensor)
+    return _numbers(tensor) * expected.dtype.itemsize
+
+
+def _active_parameters(layers: tuple[ShardContents, ...], text: PretrainedConfig) -> int:
+    """Weights of the layers that one token meets: of the experts only those it is routed to."""
+    total = sum(_numbers(tensor) for layer in layers for tensor in layer.tensors)
+    in_experts = sum(
+        _numbers(tensor) for layer in layers for tensor in layer.tensors if "experts" in tensor.name.split(".")
+    )
+    routed, experts = _first(text, _ROUTED_COUNTS), _first(text, _EXPERT_COUNTS)
+    share = min(1.0, routed / experts) if routed and experts else 1.0
+    return total - in_experts + math.ceil(in_experts * share)
+
+
+def _intermediate_size(text: PretrainedConfig) -> int:
+    """Width inside the feed-forward part; for routed experts what one token needs in all those it visits.
+
+    Each visited expert also takes a copy of the input and gives one of the output: two hidden rows, where a width
+    counts four times in the workspace.
+    """
+    dense = max(_widest(text, name) for name in _INNER_WIDTHS) or 4 * int(text.hidden_size)
+    routed = _first(text, _ROUTED_COUNTS) if _first(text, _EXPERT_COUNTS) else None
+    if not routed:
+        return dense
+    inside = _widest(text, "moe_intermediate_size") or dense
+    shared = _widest(text, "shared_expert_intermediate_size") or inside * (whole(text, "n_shared_experts") or 0)
+    return max(dense, routed * (inside + -(-int(text.hidden_size) // 2)) + shared)
+
+
+def _widest(text: PretrainedConfig, name: str) -> int:
+    """A width of the config, the largest where it names one a layer; 0 if it names none."""
+    value = getattr(text, name, None)
+    widths = value if isinstance(value, list | tuple) else [value]
+    return max((int(width) for width in widths if isinstance(width, int)), default=0)
+
+
+def _first(text: PretrainedConfig, names: tuple[str, ...]) -> int | None:
+    return next((found for name in names if (found := whole(text, name))), None)
+
+
+def _numbers(tensor: TensorShape | None) -> int:
+    return 0 if tensor is None else math.prod(tensor.shape)

@@ -1,0 +1,253 @@
+"""Opens a model for sweeping: chooses its compute type, plans it, brings what stays to its home, starts the stream.
+
+The one place where the parts meet. `Machine` is what they meet on: this one, or for tests and benchmarks one whose
+disk and bus are slowed down to those of another, computing on the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lamella_engine import architecture
+from lamella_engine.architecture import Architecture
+from lamella_engine.binding import TORCH_DTYPES, LayerBinding
+from lamella_engine.budget import parse_budget
+from lamella_engine.calibration import DiskProfile, assumed_bandwidths, measure_bandwidths, measure_disk
+from lamella_engine.compute_dtype import choose_dtype
+from lamella_engine.device import available_host_bytes, free_memory_bytes, total_memory_bytes
+from lamella_engine.disk_reader import DiskReader
+from lamella_engine.file_reads import ALIGNMENT, ReadStyle, ShardFile
+from lamella_engine.host_memory import HostMemory
+from lamella_engine.loader import Loader
+from lamella_engine.model_sizes import sizes_of_sharded
+from lamella_engine.options import EngineOptions
+from lamella_engine.pieces import Piece, PlacedPiece, layer_piece, place_pieces
+from lamella_engine.placement import Bandwidths, Plan, Tier
+from lamella_engine.planner import PlanRequest, make_plan
+from lamella_engine.ram_tier import RamTier
+from lamella_engine.resident import find_tables, materialise_root
+from lamella_engine.shard import ShardedModel, TensorSpec
+from lamella_engine.streamed_head import StreamedHead
+from lamella_engine.sweep import StreamedWeights, SweepModel
+from lamella_engine.timeline import Timeline
+from lamella_engine.transfer import CudaTransfer, DeviceSlot, Transfer
+from lamella_engine.weight_stream import BoundSlot, DeviceStream, HostStream, WeightStream
+
+logger = logging.getLogger(__name__)
+
+SMALL_MODEL_BYTES = 256 * 1024 * 1024  # not worth a second of measuring the disk
+PIPELINE = 2  # ring slots per reading thread: one is read, one is copied
+
+OpenFile = Callable[[Path], ShardFile]
+MakeTransfer = Callable[[Sequence[str]], Transfer]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a model is opened on.
+
+    Attributes:
+        device: where it computes.
+        vram, ram: budgets in bytes; `vram` is None on a CPU that computes from the host's memory.
+        bandwidths: what its lanes carry, for the plan.
+        style: how its disk likes to be read.
+        open_file: opens a shard file for reading.
+        make_transfer: makes what copies to the device, from the names of the pieces; None where nothing is copied.
+    """
+
+    device: torch.device
+    vram: int | None
+    ram: int
+    bandwidths: Bandwidths
+    style: ReadStyle
+    open_file: OpenFile
+    make_transfer: MakeTransfer | None
+
+    @property
+    def plan_device(self) -> str:
+        """The device's name in a plan."""
+        if self.device.type == "cpu":
+            return "cpu" if self.vram is None else "virtual"
+        return str(self.device)
+
+    def request(self, options: EngineOptions) -> PlanRequest:
+        """What a plan for this machine has to keep within."""
+        return PlanRequest(
+            device=self.plan_device,
+            vram=self.vram,
+            ram=self.ram,
+            bandwidths=self.bandwidths,
+            max_sequences=options.max_sequences,
+            kv_tokens=options.kv_tokens,
+            sweep_tokens=options.sweep_tokens,
+        )
+
+
+def this_machine(
+    sharded: ShardedModel, device: torch.device, dtype: torch.dtype, options: EngineOptions, tier: RamTier
+) -> Machine:
+    """The machine this process runs on, its lanes measured unless the model is too small for that to matter.
+
+    What other workers of the host hold of the model in `tier` already costs no memory, so it counts as free.
+
+    Raises:
+        OptionError: a budget that is no amount of memory.
+    """
+    is_card = device.type == "cuda"
+    held = tier.held_bytes(layer_piece(shard, index).key for index, shard in enumerate(sharded.layers))
+    free_host = available_host_bytes() + held
+    ram = parse_budget(options.ram, total_memory_bytes(torch.device("cpu")), free_host, "ram")
+    vram = None
+    if is_card:
+        vram = parse_budget(options.vram, total_memory_bytes(device), free_memory_bytes(device), "vram")
+    is_small = sharded.size_bytes < SMALL_MODEL_BYTES
+    disk = DiskProfile.assumed() if is_small else measure_disk([shard.path for shard in sharded.layers])
+    bandwidths = assumed_bandwidths(device) if is_small else measure_bandwidths(device, dtype, disk)
+    style = ReadStyle(disk.depth, disk.block_bytes, disk.direct)
+    return Machine(
+        device=device,
+        vram=vram,
+        ram=ram,
+        bandwidths=bandwidths,
+        style=style,
+        open_file=lambda path: ShardFile(path, direct=style.direct),
+        make_transfer=(lambda names: CudaTransfer(device, names)) if is_card else None,
+    )
+
+
+def open_sweep_model(
+    sharded: ShardedModel,
+    options: EngineOptions,
+    device: torch.device,
+    machine: Machine | None = None,
+    plan: Plan | None = None,
+) -> SweepModel:
+    """Open `sharded` on `machine` (None: this one), placed as `plan` says (None: as its budgets allow).
+
+    Raises:
+        PlanError: it does not fit the budgets.
+        ModelError: it cannot run, or its shards cannot be read.
+        DeviceError: the device or the host lacks the memory after all.
+    """
+    config = architecture.load_config(sharded.directory)
+    stored = TORCH_DTYPES[sharded.dtype]
+    wanted = None if options.dtype is None else TORCH_DTYPES[options.dtype]
+    dtype = choose_dtype(wanted, stored, device, str(config.model_type))
+    built = architecture.build(config, dtype)
+    with ExitStack() as resources, _current(device):
+        tier = resources.enter_context(RamTier(options.shared_memory, pinned=device.type == "cuda"))
+        machine = machine or this_machine(sharded, device, dtype, options, tier)
+        plan = plan or make_plan(sizes_of_sharded(sharded, built), machine.request(options))
+        opener = _Opener(sharded, built, plan, machine, Timeline(is_tracing=options.trace), resources)
+        model = opener.open(tier)
+        opener.keep()
+    return model
+
+
+class _Opener:
+    """The steps of opening one model; what they take is given back if one of them fails."""
+
+    def __init__(
+        self,
+        sharded: ShardedModel,
+        built: Architecture,
+        plan: Plan,
+        machine: Machine,
+        timeline: Timeline,
+        resources: ExitStack,
+    ) -> None:
+        self._sharded = sharded
+        self._built = built
+        self._plan = plan
+        self._machine = machine
+        self._timeline = timeline
+        self._resources = resources
+        self._is_pinned = machine.device.type == "cuda"
+        self._kept = ExitStack()
+
+    def open(self, tier: RamTier) -> SweepModel:
+        loader = Loader(self._machine.device, tier, self._machine.style)
+        tables = find_tables(self._built, self._sharded.root.tensors)
+        materialise_root(self._built, self._sharded.root, self._plan, self._machine.device, loader, self._timeline)
+        bindings = [
+            LayerBinding(layer, shard.tensors)
+            for layer, shard in zip(self._built.layers, self._sharded.layers, strict=True)
+        ]
+        placed = place_pieces(self._sharded, self._plan, tables.head)
+        stream = self._open_stream(placed, bindings, loader)
+        buffer = self._conversion_buffer(placed, bindings, tables.head)
+        if self._plan.head.num_blocks:
+            assert tables.head is not None, "place_pieces has found it"
+            head = self._built.model.get_output_embeddings()
+            head.forward = StreamedHead(head, tables.head, self._plan.head.num_blocks, len(bindings), stream, buffer)
+        weights = StreamedWeights(self._plan, bindings, stream, self._timeline)
+        return SweepModel(self._sharded, self._built, weights, self._machine.device, self._kept)
+
+    def keep(self) -> None:
+        """Leave everything open; the model closes it."""
+        self._kept.push(self._resources.pop_all())
+
+    def _open_stream(self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], loader: Loader) -> WeightStream:
+        reader = self._open_reader([place.piece for place in placed if place.tier is Tier.DISK])
+        by_tier = {tier: [n for n, place in enumerate(placed) if place.tier is tier] for tier in Tier}
+        device, make_transfer = self._machine.device, self._machine.make_transfer
+        if make_transfer is None:
+            resident = {
+                number: loader.to_ram_converted(number, placed[number].piece, bindings[number], self._built.model.dtype)
+                for number in by_tier[Tier.RAM]
+            }
+            return HostStream(placed, resident, reader, self._timeline)
+        transfer = make_transfer([place.piece.name for place in placed])
+        on_device: dict[int, BoundSlot] = {
+            number: loader.to_device(number, placed[number].piece, bindings[number]) for number in by_tier[Tier.VRAM]
+        }
+        in_ram = {number: loader.to_ram(placed[number].piece) for number in by_tier[Tier.RAM]}
+        count = min(self._plan.device_slots, len(placed) - len(on_device))
+        slots = [DeviceSlot(key, transfer.allocate(self._plan.slot_bytes)) for key in range(count)]
+        logger.info("%d of %d pieces stay on %s", len(on_device), len(placed), device)
+        return DeviceStream(placed, on_device, in_ram, reader, slots, transfer, self._timeline)
+
+    def _open_reader(self, pieces: Sequence[Piece]) -> DiskReader | None:
+        """The reader of what lives on disk: whole pieces for a CPU to compute from, blocks where they are copied on."""
+        if not pieces:
+            return None
+        style = self._machine.style
+        memory = self._resources.enter_context(HostMemory(self._plan.ring_bytes, pinned=self._is_pinned))
+        chunk_bytes = max(piece.nbytes for piece in pieces)
+        if self._machine.make_transfer is not None:
+            room = self._plan.ring_bytes // (PIPELINE * style.depth) // ALIGNMENT * ALIGNMENT
+            chunk_bytes = max(ALIGNMENT, min(style.block_bytes, room - ALIGNMENT))
+        return DiskReader(pieces, memory, chunk_bytes, style, self._timeline, self._machine.open_file)
+
+    def _conversion_buffer(
+        self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], head: TensorSpec | None
+    ) -> torch.Tensor | None:
+        """One buffer for all streamed pieces of another dtype, on the device; the layers' bindings are told of it."""
+        home = Tier.RAM if self._machine.make_transfer is None else Tier.VRAM
+        streamed = [
+            binding
+            for binding, place in zip(bindings, placed, strict=False)
+            if place.tier is not home and binding.needs_conversion
+        ]
+        dtype = self._built.model.dtype
+        sizes = [binding.converted_bytes for binding in streamed]
+        if self._plan.head.num_blocks and head is not None and TORCH_DTYPES[head.dtype] != dtype:
+            rows = -(-head.shape[0] // self._plan.head.num_blocks)
+            sizes.append(rows * head.shape[1] * dtype.itemsize)
+        if not sizes:
+            return None
+        buffer = torch.empty(max(sizes), dtype=torch.uint8, device=self._machine.device)
+        for binding in streamed:
+            binding.use_buffer(buffer)
+        return buffer
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the one that memory is pinned for."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

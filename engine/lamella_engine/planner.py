@@ -1,0 +1,347 @@
+"""Decides where every byte of a model lives and where it is computed, once, from sizes and budgets.
+
+Pure: nothing is read, no device is asked. The order on the compute device is norms, head, keys and values, workspace,
+slots, then layers; `reserve` settles what the first ones take, `spread` which layers stay. Of the few layouts that fit
+(head resident or in blocks, one slot or more, nothing streaming) the one that `estimate` predicts to be fastest is
+taken, so that more budget is never slower. Neighbours: `model_sizes` before it, `weight_stream` and `sweep` after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from lamella_engine.byte_size import byte_size
+from lamella_engine.errors import OptionError, PlanError
+from lamella_engine.estimate import free_tokens, predict
+from lamella_engine.placement import (
+    Bandwidths,
+    HeadPlacement,
+    LayerPlacement,
+    ModelSizes,
+    Plan,
+    Spending,
+    Tier,
+    Use,
+)
+from lamella_engine.reserve import MAX_SWEEP_TOKENS, Reserve, Wishes, device_bytes, most_kv_tokens, reserve, smallest
+from lamella_engine.spread import Room, place_layers
+
+MIB = 1024**2
+MIN_RING_BYTES = 64 * MIB  # some blocks for every reading thread
+RING_BYTES = 256 * MIB
+_RING_SHARE = 2  # of a small budget the ring takes at most one half
+_ALIGNMENT = 4096  # reads past the file cache fill whole pages
+_HOST_SLOTS = (3, 2)  # whole pieces in the ring of a CPU: one computes, one is ready, one is being read
+_DEVICE_SLOTS = (2, 1)  # one computes while the other is filled
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan has to keep within.
+
+    Attributes:
+        device: torch device that computes; ``cpu`` has no `vram`.
+        vram: bytes of device memory, all of it counted; None on a CPU.
+        ram: bytes of host memory: pinned memory on a GPU, everything on a CPU. 0 keeps no layer in RAM and takes what
+            cannot be done without (with a GPU the ring), which the plan then shows as its budget.
+        bandwidths: of the machine; they choose between layouts and set the tokens of a sweep.
+        max_sequences: sequences that share a sweep at most.
+        kv_tokens: tokens of key-value cache, kept to the letter; None derives them, fewer where memory is short.
+        sweep_tokens: tokens of a sweep, kept to the letter; None means as many as ride for free.
+    """
+
+    device: str
+    vram: int | None
+    ram: int
+    bandwidths: Bandwidths
+    max_sequences: int = 8
+    kv_tokens: int | None = None
+    sweep_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "kv_tokens", "sweep_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} is {value}; it must be at least 1")
+        if self.sweep_tokens is not None and self.sweep_tokens < self.max_sequences:
+            raise OptionError(
+                f"sweep_tokens ({self.sweep_tokens}) is below max_sequences ({self.max_sequences}): "
+                "not every sequence could get a token in a sweep; raise sweep_tokens"
+            )
+        if (self.vram is None) != (self.device == "cpu"):
+            raise OptionError(f"device {self.device} and a device budget of {self.vram} do not go together")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One way to use the compute device's memory beside what is reserved: `slots` 0 means that nothing streams."""
+
+    is_head_resident: bool
+    slots: int
+    fixed: int  # bytes of norms, head, slots and the buffer for expanded pieces
+    layer_limit: int | None  # layers get less than the head or the slot that this layout goes without
+
+
+def make_plan(sizes: ModelSizes, request: PlanRequest) -> Plan:
+    """Place the model within the budgets of `request`; none of them is exceeded by a byte.
+
+    Raises:
+        PlanError: it does not fit; says what is missing and what would fit.
+    """
+    if not sizes.layers:
+        raise OptionError(f"{sizes.name} has no layers to place")
+    wishes = Wishes(request.max_sequences, request.kv_tokens, request.sweep_tokens)
+    budget = request.ram if request.vram is None else request.vram
+    layouts = tuple(_layouts(sizes, request))
+    base = min(layout.fixed + _least_layers(sizes, request, layout) for layout in layouts)
+    settled = reserve(sizes, wishes, budget, base, MAX_SWEEP_TOKENS)
+    if settled is None and request.vram is None and request.ram == 0:
+        return make_plan(sizes, replace(request, ram=base + smallest(sizes, wishes)))
+    if settled is None:
+        raise _refusal(sizes, request, wishes, budget, base)
+    plan = _fastest(sizes, request, layouts, settled)
+    if request.sweep_tokens is None:
+        free = free_tokens(sizes, plan, request.bandwidths)
+        settled = reserve(sizes, wishes, budget, base, min(free, MAX_SWEEP_TOKENS))
+        assert settled is not None, "fewer tokens a sweep take no more memory"
+        plan = _fastest(sizes, request, layouts, settled)
+    return plan
+
+
+def _layouts(sizes: ModelSizes, request: PlanRequest) -> Iterator[_Layout]:
+    """From the one that is best where it fits; the order decides between equals."""
+    is_card = request.vram is not None
+    other, head = _resident(sizes, request, sizes.other), _resident(sizes, request, sizes.head_bytes)
+    slot = _slot_bytes(sizes, request, sizes.layers)
+    expanded = 0 if sizes.expansion == 1 else _resident(sizes, request, slot)
+    slot_cost = device_bytes(slot) if is_card else slot
+    yield _Layout(True, 0, other + head, None)
+    counts = _DEVICE_SLOTS if is_card else _HOST_SLOTS
+    for is_head_resident in (True, False) if is_card else (True,):
+        for count in counts:
+            fixed = other + (head if is_head_resident else 0) + count * slot_cost + expanded
+            limits = [] if is_head_resident else [head - 1]
+            limits += [] if count == counts[0] else [slot_cost - 1]
+            yield _Layout(is_head_resident, count, fixed, min(limits, default=None))
+
+
+def _least_layers(sizes: ModelSizes, request: PlanRequest, layout: _Layout) -> int:
+    """Bytes of layers that `layout` cannot do without."""
+    return 0 if layout.slots else sum(_resident(sizes, request, nbytes) for nbytes in sizes.layers)
+
+
+def _slot_bytes(sizes: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
+    """Room for the largest piece: a layer, and on a GPU a row of the head, which has to pass by rows at the least."""
+    largest = max(streamed, default=0)
+    if request.vram is None:
+        return -(-largest // _ALIGNMENT) * _ALIGNMENT
+    return max(largest, _row_bytes(sizes))
+
+
+def _row_bytes(sizes: ModelSizes) -> int:
+    return -(-sizes.head_bytes // sizes.vocabulary)
+
+
+def _resident(sizes: ModelSizes, request: PlanRequest, nbytes: int) -> int:
+    """What `nbytes` bytes of a shard take on the compute device, in the compute type."""
+    expanded = _expanded(sizes, nbytes)
+    return expanded if request.vram is None else device_bytes(expanded)
+
+
+def _expanded(sizes: ModelSizes, nbytes: int) -> int:
+    return math.ceil(nbytes * sizes.expansion)
+
+
+def _fastest(sizes: ModelSizes, request: PlanRequest, layouts: tuple[_Layout, ...], settled: Reserve) -> Plan:
+    place = _on_cpu if request.vram is None else _on_card
+    plans = [plan for layout in layouts if (plan := place(sizes, request, layout, settled)) is not None]
+    if not plans:
+        raise PlanError(
+            f"{sizes.name} does not fit {request.device} without reading from disk, and a ram budget of "
+            f"{byte_size(request.ram)} is {byte_size(MIN_RING_BYTES - request.ram)} too small for the ring that reads "
+            f'go to. Give at least {byte_size(MIN_RING_BYTES)} (--ram "{MIN_RING_BYTES // MIB}MiB"), or 0, which '
+            "keeps nothing but the ring.",
+            MIN_RING_BYTES - request.ram,
+        )
+    return min(plans, key=lambda plan: predict(sizes, plan, request.bandwidths, request.max_sequences).seconds)
+
+
+def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: Reserve) -> Plan | None:
+    """The plan of one layout on a GPU, or None if it does not fit."""
+    assert request.vram is not None
+    room = request.vram - settled.nbytes - layout.fixed
+    room = room if layout.layer_limit is None else min(room, layout.layer_limit)
+    costs = tuple(_resident(sizes, request, nbytes) for nbytes in sizes.layers)
+    if room < (0 if layout.slots else sum(costs)):
+        return None
+    card = Room(Tier.VRAM, room, costs)
+    streamed_head = 0 if layout.is_head_resident else sizes.head_bytes
+    ring, head_tier = 0, Tier.VRAM if layout.is_head_resident else Tier.RAM
+    tiers = place_layers(sizes.layers, (card, Room(Tier.RAM, max(0, request.ram - streamed_head), sizes.layers)))
+    if Tier.DISK in tiers or streamed_head > request.ram:
+        ring = _ring_bytes(max(sizes.layers), request.ram)
+        if request.ram and ring > request.ram:
+            return None
+        room = max(0, request.ram - ring)
+        if streamed_head:
+            head_tier = Tier.RAM if streamed_head <= room else Tier.DISK
+        room -= streamed_head if head_tier is Tier.RAM else 0
+        tiers = place_layers(sizes.layers, (card, Room(Tier.RAM, room, sizes.layers)))
+    streams = [size for size, tier in zip(sizes.layers, tiers, strict=True) if tier is not Tier.VRAM]
+    slot = _slot_bytes(sizes, request, streams or sizes.layers) if streams or streamed_head else 0
+    head = _streamed_head(sizes, head_tier, slot) if streamed_head else _resident_head(sizes, Tier.VRAM)
+    plan = Plan(
+        device=request.device,
+        layers=_placements(sizes, request.device, tiers, Tier.VRAM),
+        head=head,
+        embedding=Tier.DISK,
+        device_slots=layout.slots if slot else 0,
+        slot_bytes=slot,
+        ring_bytes=ring,
+        kv_tokens=settled.kv_tokens,
+        kv_bytes=settled.kv_bytes,
+        sweep_tokens=settled.sweep_tokens,
+        workspace_bytes=settled.workspace_bytes,
+        vram=None,
+        ram=Spending(0, ()),
+    )
+    plan = replace(plan, embedding=_table_tier(sizes, request, plan))
+    return replace(plan, vram=_card_spending(sizes, request, plan), ram=_pinned_spending(sizes, request, plan))
+
+
+def _on_cpu(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: Reserve) -> Plan | None:
+    """The plan of one layout on a CPU, or None if it does not fit."""
+    room = request.ram - settled.nbytes - layout.fixed
+    room = room if layout.layer_limit is None else min(room, layout.layer_limit)
+    costs = tuple(_expanded(sizes, nbytes) for nbytes in sizes.layers)
+    if room < (0 if layout.slots else sum(costs)):
+        return None
+    tiers = place_layers(sizes.layers, (Room(Tier.RAM, room, costs),))
+    is_streaming = Tier.DISK in tiers
+    slot = _slot_bytes(sizes, request, sizes.layers)
+    plan = Plan(
+        device=request.device,
+        layers=_placements(sizes, request.device, tiers, Tier.RAM),
+        head=_resident_head(sizes, Tier.RAM),
+        embedding=Tier.RAM if sizes.is_tied else Tier.DISK,
+        device_slots=0,
+        slot_bytes=slot if is_streaming else 0,
+        ring_bytes=layout.slots * slot if is_streaming else 0,
+        kv_tokens=settled.kv_tokens,
+        kv_bytes=settled.kv_bytes,
+        sweep_tokens=settled.sweep_tokens,
+        workspace_bytes=settled.workspace_bytes,
+        vram=None,
+        ram=Spending(0, ()),
+    )
+    plan = replace(plan, ram=Spending(request.ram, tuple(_host_uses(sizes, plan))))
+    if not sizes.is_tied and plan.ram.used + sizes.embedding <= request.ram:
+        table = Use("embedding table", sizes.embedding)
+        plan = replace(plan, embedding=Tier.RAM, ram=Spending(request.ram, (*plan.ram.uses, table)))
+    return plan
+
+
+def _placements(sizes: ModelSizes, device: str, tiers: tuple[Tier, ...], home: Tier) -> tuple[LayerPlacement, ...]:
+    """Layers at `home` have the size of the compute type, the others the size they are stored in."""
+    return tuple(
+        LayerPlacement(index, _expanded(sizes, nbytes) if tier is home else nbytes, tier, device)
+        for index, (nbytes, tier) in enumerate(zip(sizes.layers, tiers, strict=True))
+    )
+
+
+def _resident_head(sizes: ModelSizes, tier: Tier) -> HeadPlacement:
+    return HeadPlacement(_expanded(sizes, sizes.head_bytes), tier, 0)
+
+
+def _streamed_head(sizes: ModelSizes, tier: Tier, slot_bytes: int) -> HeadPlacement:
+    """Blocks of whole rows, none larger than a slot."""
+    rows = slot_bytes // _row_bytes(sizes)
+    return HeadPlacement(sizes.head_bytes, tier, -(-sizes.vocabulary // rows))
+
+
+def _table_tier(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Tier:
+    """Where embedding rows are gathered from.
+
+    A tied table is the head where that is on the device; one that streams in blocks is not kept whole as well.
+    """
+    if sizes.is_tied:
+        return Tier.DISK if plan.head.num_blocks else Tier.VRAM
+    taken = plan.ring_bytes + plan.layer_bytes(Tier.RAM)
+    return Tier.RAM if taken + sizes.embedding <= request.ram else Tier.DISK
+
+
+def _ring_bytes(largest: int, ram: int) -> int:
+    """A layer ahead, or `RING_BYTES` if that is more; less in a small budget, and at most `RING_BYTES` in one of 0."""
+    if ram == 0:
+        return min(RING_BYTES, max(MIN_RING_BYTES, largest))
+    return max(MIN_RING_BYTES, min(max(RING_BYTES, largest), ram // _RING_SHARE))
+
+
+def _card_spending(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Spending:
+    assert request.vram is not None
+    resident = [place.nbytes for place in plan.layers if place.tier is Tier.VRAM]
+    slot = device_bytes(plan.slot_bytes)
+    expanded = device_bytes(_expanded(sizes, plan.slot_bytes)) if sizes.expansion != 1 else 0
+    head = 0 if plan.head.num_blocks else device_bytes(plan.head.nbytes)
+    uses = (
+        Use("norms and positions", device_bytes(_expanded(sizes, sizes.other))),
+        Use("head and embedding table" if sizes.is_tied else "head", head),
+        Use("keys and values", plan.kv_bytes),
+        Use("workspace", plan.workspace_bytes),
+        Use(f"slots ({plan.device_slots})", plan.device_slots * slot),
+        Use("converted piece", expanded),
+        Use(f"layers ({len(resident)})", sum(map(device_bytes, resident))),
+    )
+    return Spending(request.vram, _worth_telling(uses))
+
+
+def _pinned_spending(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Spending:
+    waiting = [place.nbytes for place in plan.layers if place.tier is Tier.RAM]
+    head = plan.head.nbytes if plan.head.num_blocks and plan.head.tier is Tier.RAM else 0
+    uses = (
+        Use("ring", plan.ring_bytes),
+        Use("head", head),
+        Use(f"layers ({len(waiting)})", sum(waiting)),
+        Use("embedding table", sizes.embedding if plan.embedding is Tier.RAM and not sizes.is_tied else 0),
+    )
+    return Spending(request.ram or plan.ring_bytes, _worth_telling(uses))
+
+
+def _host_uses(sizes: ModelSizes, plan: Plan) -> tuple[Use, ...]:
+    resident = [place.nbytes for place in plan.layers if place.tier is Tier.RAM]
+    slots = plan.ring_bytes // plan.slot_bytes if plan.slot_bytes else 0
+    return _worth_telling(
+        (
+            Use("norms and positions", _expanded(sizes, sizes.other)),
+            Use("head and embedding table" if sizes.is_tied else "head", plan.head.nbytes),
+            Use("keys and values", plan.kv_bytes),
+            Use("workspace", plan.workspace_bytes),
+            Use(f"ring ({slots} slots)", plan.ring_bytes),
+            Use("converted piece", _expanded(sizes, plan.slot_bytes) if sizes.expansion != 1 else 0),
+            Use(f"layers ({len(resident)})", sum(resident)),
+        )
+    )
+
+
+def _worth_telling(uses: tuple[Use, ...]) -> tuple[Use, ...]:
+    return tuple(use for use in uses if use.nbytes)
+
+
+def _refusal(sizes: ModelSizes, request: PlanRequest, wishes: Wishes, budget: int, base: int) -> PlanError:
+    """Says what is missing, the smallest budget that works, and whether fewer tokens would do."""
+    needed = base + smallest(sizes, wishes)
+    option = "ram" if request.vram is None else "vram"
+    what = "everything but the layers" if request.vram is None else "one layer at a time and what must stay"
+    advice = f'Give at least {byte_size(needed)} (--{option} "{-(-needed // MIB)}MiB")'
+    if wishes.kv_tokens is not None and (fits := most_kv_tokens(sizes, wishes, budget - base)):
+        advice += f", or ask for fewer tokens of cache: --kv-tokens {fits} fits"
+    elif wishes.sweep_tokens is not None and base + smallest(sizes, replace(wishes, sweep_tokens=None)) <= budget:
+        advice += ", or leave --sweep-tokens out"
+    return PlanError(
+        f"{sizes.name} does not fit a {option} budget of {byte_size(budget)} on {request.device}: it needs "
+        f"{byte_size(needed)} for {what}, so {byte_size(needed - budget)} ({needed - budget:,} bytes) are missing. "
+        f"{advice}.",
+        needed - budget,
+    )

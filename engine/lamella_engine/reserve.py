@@ -1,0 +1,141 @@
+"""What keys, values and workspace take of the compute device before layers get any of it.
+
+Pure arithmetic. Each takes a share of the budget, no less than its floor and no more than is wished for; what one
+byte more of budget adds to both together is less than a byte, so that layers never lose by a larger budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lamella_engine.kv_cache import PAGE_TOKENS
+from lamella_engine.placement import ModelSizes
+from lamella_engine.workspace import gather_bytes, sweep_bytes, workspace_bytes
+
+MIB = 1024**2
+KV_TOKENS_PER_SEQUENCE = 2048
+MIN_SWEEP_TOKENS = 64
+MAX_SWEEP_TOKENS = 4096
+_KV_SHARE = 8  # keys and values may have an eighth of the budget unless they are asked for
+_WORKSPACE_SHARE = 16  # and the workspace a sixteenth
+
+# The allocator of a GPU takes large blocks from the driver by whole pages of 2 MiB, smaller ones in shared segments.
+_SEGMENT_BYTES = 2 * MIB
+_LARGE_BYTES = 10 * MIB
+_SMALL_BYTES = 512
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for; None where it is to be derived."""
+
+    max_sequences: int
+    kv_tokens: int | None
+    sweep_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """What is set aside: `nbytes` in all, of which the cache and the workspace are to use no more than they say."""
+
+    nbytes: int
+    kv_tokens: int
+    kv_bytes: int
+    sweep_tokens: int
+    workspace_bytes: int
+
+
+def device_bytes(nbytes: int) -> int:
+    """What an allocation of `nbytes` bytes takes of a GPU."""
+    unit = _SEGMENT_BYTES if nbytes >= _LARGE_BYTES else _SMALL_BYTES
+    return -(-nbytes // unit) * unit
+
+
+def smallest(sizes: ModelSizes, wishes: Wishes) -> int:
+    """Bytes below which nothing can be reserved."""
+    return _kv_cost(sizes, _kv_floor(sizes, wishes)) + _sweep_cost(sizes, wishes, _sweep_floor(wishes))
+
+
+def reserve(sizes: ModelSizes, wishes: Wishes, budget: int, base: int, sweep_limit: int) -> Reserve | None:
+    """Share `budget`, of which `base` bytes are taken; None if the floors do not fit.
+
+    Args:
+        sizes: of the model.
+        wishes: as asked for.
+        budget: bytes of the compute device.
+        base: bytes of the leanest layout.
+        sweep_limit: tokens of a sweep that are worth having, where they are not asked for.
+    """
+    kv_floor, kv_wanted = _kv_floor(sizes, wishes), _kv_wanted(sizes, wishes)
+    sweep_floor = _sweep_floor(wishes)
+    sweep_wanted = wishes.sweep_tokens or max(sweep_floor, min(sweep_limit, MAX_SWEEP_TOKENS))
+    least_kv, least_sweep = _kv_cost(sizes, kv_floor), _sweep_cost(sizes, wishes, sweep_floor)
+    spare = budget - base - least_kv - least_sweep
+    if spare < 0:
+        return None
+    for_kv = min(_kv_cost(sizes, kv_wanted), max(least_kv, min(budget // _KV_SHARE, least_kv + spare)))
+    spare -= for_kv - least_kv
+    for_sweep = min(
+        _sweep_cost(sizes, wishes, sweep_wanted),
+        max(least_sweep, min(budget // _WORKSPACE_SHARE, least_sweep + spare)),
+    )
+    floor_pages, wanted_pages = kv_floor // PAGE_TOKENS, kv_wanted // PAGE_TOKENS
+    pages = _largest(floor_pages, wanted_pages, lambda count: _kv_cost(sizes, count * PAGE_TOKENS) <= for_kv)
+    kv_tokens = pages * PAGE_TOKENS
+    sweep_tokens = _largest(sweep_floor, sweep_wanted, lambda count: _sweep_cost(sizes, wishes, count) <= for_sweep)
+    workspace = workspace_bytes(sizes, sweep_tokens, wishes.max_sequences, kv_tokens)
+    workspace += _kv_rounding(sizes, kv_tokens)
+    return Reserve(for_kv + for_sweep, kv_tokens, kv_tokens * sizes.kv_bytes_per_token, sweep_tokens, workspace)
+
+
+def most_kv_tokens(sizes: ModelSizes, wishes: Wishes, room: int) -> int:
+    """Tokens of cache that could be asked for in `room` bytes, beside the smallest workspace; 0 if none."""
+    wanted = _kv_wanted(sizes, wishes) // PAGE_TOKENS
+
+    def fits(pages: int) -> bool:
+        wish = replace(wishes, kv_tokens=max(1, pages) * PAGE_TOKENS)
+        return pages == 0 or smallest(sizes, wish) <= room
+
+    return _largest(0, wanted, fits) * PAGE_TOKENS
+
+
+def _kv_floor(sizes: ModelSizes, wishes: Wishes) -> int:
+    """One sequence of a useful length, in whole pages; what was asked for is its own floor."""
+    return _pages(wishes.kv_tokens or min(KV_TOKENS_PER_SEQUENCE, sizes.context_length))
+
+
+def _kv_wanted(sizes: ModelSizes, wishes: Wishes) -> int:
+    each = min(KV_TOKENS_PER_SEQUENCE, sizes.context_length)
+    return _pages(wishes.kv_tokens or wishes.max_sequences * each)
+
+
+def _sweep_floor(wishes: Wishes) -> int:
+    return wishes.sweep_tokens or max(MIN_SWEEP_TOKENS, wishes.max_sequences)
+
+
+def _pages(tokens: int) -> int:
+    return max(1, -(-tokens // PAGE_TOKENS)) * PAGE_TOKENS
+
+
+def _kv_cost(sizes: ModelSizes, tokens: int) -> int:
+    return tokens * sizes.kv_bytes_per_token + _kv_rounding(sizes, tokens) + gather_bytes(sizes, tokens)
+
+
+def _kv_rounding(sizes: ModelSizes, tokens: int) -> int:
+    """What the allocator adds to the two pools of each layer."""
+    pools = 2 * len(sizes.layers)
+    each = -(-tokens * sizes.kv_bytes_per_token // pools)
+    return pools * (device_bytes(each) - each) if each >= _LARGE_BYTES else 0
+
+
+def _sweep_cost(sizes: ModelSizes, wishes: Wishes, tokens: int) -> int:
+    return sweep_bytes(sizes, tokens, wishes.max_sequences, _kv_wanted(sizes, wishes))
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from `low` to `high` that fits; `low` does."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,268 @@
+"""Brings the pieces of a model to where they are computed, in sweep order, as its plan says.
+
+Owns the ring, the reader, the slots on the device and the copying thread. `sweep` sees three calls: `acquire` the next
+piece, `release` it, `rewind` after a failure. On a CPU pieces are bound where they lie, in the RAM tier or in the
+ring; on a device resident pieces never move, and the others pass through slots, copied on a lane of their own.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+
+from lamella_engine.disk_reader import STALL_S, DiskReader, FilledChunk
+from lamella_engine.errors import EngineError
+from lamella_engine.pieces import PlacedPiece
+from lamella_engine.placement import Tier
+from lamella_engine.timeline import Lane, Timeline
+from lamella_engine.transfer import DeviceSlot, Transfer
+
+_POLL_S = 0.2
+
+Item = TypeVar("Item")
+
+
+class BoundSlot(NamedTuple):
+    """A piece's bytes where they are computed: `tensor` is uint8, `key` names the buffer for caches of views.
+
+    `is_converted` says that the tensors in it have been brought to the compute dtype already.
+    """
+
+    key: tuple[str, int]
+    tensor: torch.Tensor
+    is_converted: bool = False
+
+
+class WeightStream(Protocol):
+    """What the sweep needs: the next piece's bytes, in order."""
+
+    def acquire(self, number: int) -> BoundSlot:
+        """The bytes of piece `number`, which must be the next one in sweep order, until `release`."""
+
+    def release(self, number: int) -> None:
+        """Give the acquired piece's buffer back."""
+
+    def end_sweep(self) -> None:
+        """Tell the timeline of the last whole sweep, whose results have been seen."""
+
+    def rewind(self) -> None:
+        """Begin again at piece 0, whatever was acquired or on its way."""
+
+    def close(self) -> None:
+        """Stop threads, close files; idempotent."""
+
+
+class HostStream:
+    """CPU: pieces of the RAM tier are bound where they are, the others in the ring they are read into."""
+
+    def __init__(
+        self,
+        placed: Sequence[PlacedPiece],
+        resident: Mapping[int, BoundSlot],
+        reader: DiskReader | None,
+        timeline: Timeline,
+    ) -> None:
+        self._placed = tuple(placed)
+        self._resident = dict(resident)
+        self._reader = reader
+        self._timeline = timeline
+        self._on_disk = [number for number, place in enumerate(placed) if place.tier is Tier.DISK]
+        self._held: FilledChunk | None = None
+        self._began_s = 0.0
+        if reader is not None:
+            reader.start()
+
+    def acquire(self, number: int) -> BoundSlot:
+        """See `WeightStream`."""
+        slot = self._resident.get(number)
+        if slot is None:
+            assert self._reader is not None, "pieces on disk have a reader"
+            self._held = self._reader.next_filled()
+            _check_order(self._placed, self._on_disk[self._held.piece], number)
+            slot = BoundSlot(("ring", self._held.tensor.data_ptr()), self._held.tensor)
+        self._began_s = time.perf_counter()
+        return slot
+
+    def release(self, number: int) -> None:
+        """See `WeightStream`."""
+        self._timeline.add(Lane.COMPUTE, self._placed[number].piece.name, self._began_s, time.perf_counter())
+        if self._held is not None and self._reader is not None:
+            self._reader.give_back(self._held)
+            self._held = None
+
+    def end_sweep(self) -> None:
+        """See `WeightStream`; a CPU has told everything when the layers ran."""
+
+    def rewind(self) -> None:
+        """See `WeightStream`."""
+        self._held = None
+        if self._reader is not None:
+            self._reader.stop()
+            self._reader.start()
+
+    def close(self) -> None:
+        """See `WeightStream`."""
+        if self._reader is not None:
+            self._reader.close()
+
+
+class DeviceStream:
+    """A device: a thread copies the pieces that are not resident to the next free slot, ahead of the sweep.
+
+    Args:
+        placed: all pieces in sweep order.
+        resident: the buffers of those that stay on the device, by number.
+        in_ram: host memory of those in the RAM tier, by number.
+        reader: of those on disk, in chunks that need not be whole pieces; None if there are none.
+        slots: what streamed pieces pass through; at most as many as there are such pieces.
+        transfer: how bytes reach the device.
+        timeline: told of copies and computing.
+    """
+
+    def __init__(
+        self,
+        placed: Sequence[PlacedPiece],
+        resident: Mapping[int, BoundSlot],
+        in_ram: Mapping[int, torch.Tensor],
+        reader: DiskReader | None,
+        slots: Sequence[DeviceSlot],
+        transfer: Transfer,
+        timeline: Timeline,
+    ) -> None:
+        self._placed = tuple(placed)
+        self._resident = dict(resident)
+        self._in_ram = dict(in_ram)
+        self._reader = reader
+        self._slots = tuple(slots)
+        self._transfer = transfer
+        self._timeline = timeline
+        self._streamed = [number for number, place in enumerate(placed) if place.tier is not Tier.VRAM]
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._held: DeviceSlot | None = None
+        self._has_swept = False
+        self._start()
+
+    def acquire(self, number: int) -> BoundSlot:
+        """See `WeightStream`; the device waits for the copy, the caller only for its being ordered."""
+        bound = self._resident.get(number)
+        if bound is None:
+            try:
+                item = self._ready.get(timeout=STALL_S)
+            except queue.Empty:
+                raise EngineError(f"no layer reached the device within {STALL_S:.0f} s") from None
+            if isinstance(item, BaseException):
+                raise item
+            arrived, self._held = item
+            _check_order(self._placed, arrived, number)
+            self._transfer.await_piece(number, self._held)
+            bound = BoundSlot(("slot", self._held.key), self._held.tensor)
+        self._transfer.begin_compute(number)
+        return bound
+
+    def release(self, number: int) -> None:
+        """See `WeightStream`."""
+        self._transfer.end_compute(number)
+        if self._held is not None:
+            slot, self._held = self._held, None
+            self._free.put_nowait(slot)
+        self._has_swept = self._has_swept or number == len(self._placed) - 1
+
+    def end_sweep(self) -> None:
+        """See `WeightStream`."""
+        if self._has_swept:
+            self._transfer.end_sweep(self._timeline)
+
+    def rewind(self) -> None:
+        """See `WeightStream`."""
+        self._halt()
+        self._start()
+
+    def close(self) -> None:
+        """See `WeightStream`."""
+        self._halt()
+        self._transfer.close()
+        if self._reader is not None:
+            self._reader.close()
+
+    def _start(self) -> None:
+        self._stop.clear()
+        self._held = None
+        self._has_swept = False
+        self._free: queue.Queue[DeviceSlot] = queue.Queue(maxsize=len(self._slots))
+        self._ready: queue.Queue[tuple[int, DeviceSlot] | BaseException] = queue.Queue(maxsize=len(self._slots) + 1)
+        if not self._streamed:
+            return
+        for slot in self._slots:
+            slot.piece = None
+            self._free.put_nowait(slot)
+        if self._reader is not None:
+            self._reader.start()
+        self._thread = threading.Thread(target=self._run, name="lamella-copier", daemon=True)
+        self._thread.start()
+
+    def _halt(self) -> None:
+        self._stop.set()
+        if self._reader is not None:
+            self._reader.stop()  # a copier that waits for bytes is woken by it
+        if self._thread is not None:
+            self._thread.join(timeout=STALL_S)
+            if self._thread.is_alive():
+                raise EngineError(f"the copier did not stop within {STALL_S:.0f} s")
+            self._thread = None
+        self._transfer.restart()
+
+    def _run(self) -> None:
+        try:
+            self._transfer.attach_thread()
+            while not self._stop.is_set():
+                for number in self._streamed:
+                    slot = take_until_stopped(self._free, self._stop)
+                    if slot is None:
+                        return
+                    self._fill(number, slot)
+                    self._ready.put_nowait((number, slot))
+        except Exception as error:  # noqa: BLE001 - raised again by the sweep that waits
+            self._ready.put_nowait(error)
+
+    def _fill(self, number: int, slot: DeviceSlot) -> None:
+        nbytes = self._placed[number].piece.nbytes
+        self._transfer.begin_piece(number, slot)
+        source = self._in_ram.get(number)
+        if source is not None:
+            self._transfer.copy(slot.tensor[:nbytes], source)
+        else:
+            self._fill_from_disk(nbytes, slot)
+        self._transfer.end_piece(number, slot)
+
+    def _fill_from_disk(self, nbytes: int, slot: DeviceSlot) -> None:
+        assert self._reader is not None, "pieces on disk have a reader"
+        done = 0
+        while done < nbytes:
+            chunk = self._reader.next_filled()
+            self._transfer.copy(slot.tensor[chunk.offset : chunk.offset + chunk.nbytes], chunk.tensor)
+            self._reader.give_back(chunk, self._transfer.when_copied())
+            done += chunk.nbytes
+
+
+def take_until_stopped(waiting: queue.Queue[Item], stop: threading.Event) -> Item | None:
+    """The next of `waiting`, however long it takes to come; None once `stop` is set."""
+    while not stop.is_set():
+        try:
+            return waiting.get(timeout=_POLL_S)
+        except queue.Empty:
+            continue
+    return None
+
+
+def _check_order(placed: Sequence[PlacedPiece], arrived: int, wanted: int) -> None:
+    if arrived != wanted:
+        raise EngineError(
+            f"{placed[wanted].piece.name} was called while {placed[arrived].piece.name} is next: this model does not "
+            "call each layer once, in order, which streaming relies on"
+        )
