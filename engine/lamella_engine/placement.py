@@ -62,7 +62,10 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """One decoder layer: where its bytes wait and on which device it is computed."""
+    """One decoder layer: where its bytes wait and on which device it is computed.
+
+    `nbytes` is what it takes there: in the compute dtype where it is computed in place, else as stored.
+    """
 
     layer: int
     nbytes: int

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from lamella_engine.kv_cache import PAGE_TOKENS
 from lamella_engine.placement import ModelSizes
-from lamella_engine.workspace import gather_bytes, sweep_bytes, workspace_bytes
+from lamella_engine.workspace import gather_bytes, sweep_bytes
 
 MIB = 1024**2
 KV_TOKENS_PER_SEQUENCE = 2048
@@ -84,8 +84,9 @@ def reserve(sizes: ModelSizes, wishes: Wishes, budget: int, base: int, sweep_lim
     pages = _largest(floor_pages, wanted_pages, lambda count: _kv_cost(sizes, count * PAGE_TOKENS) <= for_kv)
     kv_tokens = pages * PAGE_TOKENS
     sweep_tokens = _largest(sweep_floor, sweep_wanted, lambda count: _sweep_cost(sizes, wishes, count) <= for_sweep)
-    workspace = workspace_bytes(sizes, sweep_tokens, wishes.max_sequences, kv_tokens)
-    workspace += _kv_rounding(sizes, kv_tokens)
+    workspace = (
+        _sweep_cost(sizes, wishes, sweep_tokens) + gather_bytes(sizes, kv_tokens) + _kv_rounding(sizes, kv_tokens)
+    )
     return Reserve(for_kv + for_sweep, kv_tokens, kv_tokens * sizes.kv_bytes_per_token, sweep_tokens, workspace)
 
 
@@ -130,6 +131,7 @@ def _kv_rounding(sizes: ModelSizes, tokens: int) -> int:
 
 
 def _sweep_cost(sizes: ModelSizes, wishes: Wishes, tokens: int) -> int:
+    """As if the whole cache that is wished for could be had, so that it does not depend on the budget."""
     return sweep_bytes(sizes, tokens, wishes.max_sequences, _kv_wanted(sizes, wishes))
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from dataclasses import dataclass, field
 
-from lamella_engine import Engine, Sampling, SequenceFinished, SequenceRequest, SequenceTokens
+import torch
+
+from lamella_engine import Engine, EngineOptions, Sampling, SequenceFinished, SequenceRequest, SequenceTokens
+from lamella_engine.errors import PlanError
+from lamella_engine.shard import ShardedModel
 
 
 @dataclass
@@ -49,3 +54,13 @@ def generate(engine: Engine, prompt: list[int], sampling: Sampling) -> Outcome:
     name = uuid.uuid4().hex
     submit_ids(engine, name, prompt, sampling)
     return gather(engine, {name})[name]
+
+
+def open_smallest(sharded: ShardedModel, options: EngineOptions) -> Engine:
+    """An engine on the GPU with the smallest device budget that works, so that every layer streams."""
+    device = torch.device("cuda", 0)
+    try:
+        Engine.open_sharded(sharded, device, dataclasses.replace(options, vram=1)).close()
+    except PlanError as error:
+        return Engine.open_sharded(sharded, device, dataclasses.replace(options, vram=1 + error.missing_bytes))
+    raise AssertionError("a model fits one byte")

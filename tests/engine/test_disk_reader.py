@@ -110,9 +110,12 @@ def test_a_shard_cut_short_while_in_use_is_named(reader: DiskReader, pieces: tup
     os.truncate(pieces[1].path, 5000)
     reader.start()
 
-    with pytest.raises(ShardError, match="layer-1 ends .* bytes early"):
+    def read_on() -> None:
         for _ in range(2):
             reader.give_back(reader.next_filled())
+
+    with pytest.raises(ShardError, match=r"layer-1 ends .* bytes early"):
+        read_on()
 
 
 def test_a_missing_shard_is_refused_at_once(pieces: tuple[Piece, ...]) -> None:

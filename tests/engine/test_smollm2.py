@@ -51,7 +51,9 @@ def full_load(smollm2_gguf: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def engine(smollm2_store: Path) -> Iterator[Engine]:
-    options = EngineOptions(store=smollm2_store, device="cpu", max_sequences=len(QUESTIONS), ram=0, offline=True)
+    options = EngineOptions(
+        store=smollm2_store, device="cpu", max_sequences=len(QUESTIONS), sweep_tokens=512, ram=0, offline=True
+    )
     with Engine.open("SmolLM2-135M-Instruct", options) as engine:
         yield engine
 

@@ -45,6 +45,7 @@ ENVIRONMENT = {"redis.url": "LAMELLA_REDIS_URL", "engine.store": "LAMELLA_STORE"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", re.ASCII)
 _DEVICE = re.compile(r"auto|cpu|cuda:\d{1,3}", re.ASCII)
+_BUDGET = re.compile(r"auto|\d+(\.\d+)?\s*([kmgt]?i?b|%)|\d+", re.ASCII | re.IGNORECASE)
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 
 
@@ -57,6 +58,13 @@ def _as_path(value: object) -> object:
         return Path(value).expanduser().absolute()
     except RuntimeError as error:
         raise ValueError(f"'~' cannot be expanded: {error}") from error
+
+
+def _as_budget(value: object) -> object:
+    text = str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    if not _BUDGET.fullmatch(text):
+        raise ValueError('it is not an amount of memory; use bytes, "4GiB", "80%" or "auto"')
+    return text
 
 
 class _Table(BaseModel):
@@ -150,11 +158,11 @@ class EngineTable(_Table):
     kv_tokens: int | None = Field(
         default=None, ge=16, description="tokens of key-value cache for all jobs together; left out, derived"
     )
-    vram: int | str = Field(
+    vram: Annotated[str, BeforeValidator(_as_budget)] = Field(
         default="auto", description='device memory it may take: bytes, "4GiB", "80%" of the card, or "auto"'
     )
-    ram: int | str = Field(
-        default="auto", description='host memory for weights, in the same forms; 0 keeps no layer in RAM'
+    ram: Annotated[str, BeforeValidator(_as_budget)] = Field(
+        default="auto", description="host memory for weights, in the same forms; 0 keeps no layer in RAM"
     )
     shared_memory: Annotated[Path | None, BeforeValidator(_as_path)] = Field(
         default=None, description="directory in memory where this host's workers share weights; left out, /dev/shm"
