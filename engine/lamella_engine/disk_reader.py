@@ -19,12 +19,11 @@ from typing import NamedTuple
 import torch
 
 from lamella_engine.errors import EngineError, ShardError
-from lamella_engine.file_reads import ALIGNMENT, ReadStyle, ShardFile, aligned_range
+from lamella_engine.file_reads import ALIGNMENT, STALL_S, ReadStyle, ShardFile, aligned_range
 from lamella_engine.host_memory import HostMemory
 from lamella_engine.pieces import Piece
 from lamella_engine.timeline import Lane, Timeline
 
-STALL_S = 120.0  # a read slower than this is a broken disk
 _POLL_S = 0.2  # how soon a waiting thread notices that it should stop
 
 

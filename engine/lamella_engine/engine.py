@@ -367,4 +367,3 @@ class Engine:
         with self._wake:
             if not (self._arrivals or self._cancels or self._stop.is_set()):
                 self._wake.wait(timeout=_POLL_S)
-

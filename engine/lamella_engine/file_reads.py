@@ -20,6 +20,7 @@ from lamella_engine.errors import ShardError
 from lamella_engine.pieces import Piece
 
 ALIGNMENT = 4096  # of offsets, lengths and memory for O_DIRECT on every file system we know
+STALL_S = 120.0  # a read slower than this is a broken disk
 DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -113,7 +114,7 @@ def read_piece(piece: Piece, view: memoryview, style: ReadStyle) -> None:
             for low, high in spans
         ]
         for read in reads:
-            read.result()
+            read.result(timeout=STALL_S)
 
 
 @contextmanager

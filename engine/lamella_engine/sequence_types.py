@@ -127,8 +127,8 @@ class SweepEvents:
 class EngineCounters:
     """Totals since the engine opened; `last_sweep_at` is Unix seconds, None before the first sweep.
 
-    `streamed_bytes` are those that moved to where they were computed. `preemptions` counts sequences that were sent back
-    to wait because the key-value cache ran short. The rest is `timeline.StreamTotals`, which says what each means.
+    `streamed_bytes` are those that moved to where they were computed. `preemptions` counts sequences that were sent
+    back to wait because the key-value cache ran short. The rest is `timeline.StreamTotals`, which says what each means.
     """
 
     running: int

@@ -15,8 +15,9 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
-from lamella_engine.disk_reader import STALL_S, DiskReader, FilledChunk
+from lamella_engine.disk_reader import DiskReader, FilledChunk
 from lamella_engine.errors import EngineError
+from lamella_engine.file_reads import STALL_S
 from lamella_engine.pieces import PlacedPiece
 from lamella_engine.placement import Tier
 from lamella_engine.timeline import Lane, Timeline
