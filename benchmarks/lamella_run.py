@@ -52,7 +52,7 @@ class LamellaSpec:
 
 
 @dataclass
-class _Watch:
+class Watch:
     """What a batch of sequences has brought so far; a full sweep is one that brought a token to every sequence."""
 
     stamps: list[float] = field(default_factory=list)
@@ -118,16 +118,16 @@ def _measure_batch(engine: Engine, run: LamellaSpec, count: int, files: list[Pat
         prompt = tuple(run.prompts[index % len(run.prompts)])
         engine.submit(SequenceRequest(name, sampling, prompt_ids=prompt))
     witness = DiskWitness(files[0])
-    watch = _Watch()
+    watch = Watch()
     marks: list[tuple[ReadCount, EngineCounters]] = []
-    for full_sweeps in _follow(engine, watch, names, deadline):
+    for full_sweeps in follow(engine, watch, names, deadline):
         if full_sweeps == WARM_UP_SWEEPS or full_sweeps == WARM_UP_SWEEPS + wanted:
             marks.append((witness.count(), engine.counters()))
         if len(marks) == 2:
             break
     for name in names:
         engine.cancel(name)
-    for _ in _follow(engine, watch, names, deadline + 60.0):
+    for _ in follow(engine, watch, names, deadline + 60.0):
         pass
     if len(marks) < 2:
         raise TimeoutError(
@@ -156,7 +156,7 @@ def _measure_batch(engine: Engine, run: LamellaSpec, count: int, files: list[Pat
     }
 
 
-def _follow(engine: Engine, watch: _Watch, names: list[str], deadline: float) -> Iterator[int]:
+def follow(engine: Engine, watch: Watch, names: list[str], deadline: float) -> Iterator[int]:
     """Take events into `watch`; yields the number of full sweeps after each one; ends when all sequences have ended."""
     live = set(names)
     for batch in engine.events(poll_s=_POLL_S):

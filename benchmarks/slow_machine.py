@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,26 +27,49 @@ from lamella_engine.transfer import DeviceSlot
 WAIT_S = 120.0
 FAST_FLOPS = 1e15  # computing does not limit a virtual machine
 FAST_MEMORY = 1e12
+STYLE = ReadStyle(depth=2, block_bytes=256 * 1024, direct=False)
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class OldMachine:
-    """What moves bytes in some machine of a shelf, bytes a second (nominal figures of the interfaces)."""
+    """Some machine of a shelf, in the nominal figures of its parts.
+
+    Attributes:
+        disk, bus: what moves bytes, bytes a second.
+        memory: bytes a second from the card's memory; `flops`: operations a second. They are for planning: computing
+            is done by this CPU, whatever they say.
+        vram: bytes of the card's memory.
+    """
 
     name: str
     disk: float
     bus: float
+    memory: float
+    flops: float
+    vram: int
 
 
 MACHINES = (
-    OldMachine("GTX 1070 + SATA", disk=0.53e9, bus=12e9),
-    OldMachine("RTX 2060 + NVMe", disk=3.0e9, bus=12e9),
-    OldMachine("GT 1030 (x4) + NVMe", disk=3.0e9, bus=3.2e9),
+    OldMachine("GTX 1070 + SATA", disk=0.53e9, bus=12e9, memory=256e9, flops=6.5e12, vram=8 * GIB),
+    OldMachine("RTX 2060 + NVMe", disk=3.0e9, bus=12e9, memory=336e9, flops=26e12, vram=6 * GIB),
+    OldMachine("GT 1030 (x4) + NVMe", disk=3.0e9, bus=3.2e9, memory=48e9, flops=1.1e12, vram=2 * GIB),
 )
 
 
+class Passage(NamedTuple):
+    """When some bytes begin to pass a meter and when the last of them has passed."""
+
+    begin_s: float
+    end_s: float
+
+
 class Meter:
-    """Lets `rate` bytes a second pass, in whatever portions and from whatever threads."""
+    """Lets `rate` bytes a second pass, one portion after the other, from whatever threads.
+
+    A portion begins when it is asked for or when the one before it has passed, whichever is later: as on a real lane,
+    what waits in its queue goes on without a gap, even where the thread that asked for it wakes late.
+    """
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
@@ -53,11 +77,16 @@ class Meter:
         self._free_at = 0.0
         self._pause = threading.Event()
 
-    def take(self, nbytes: int) -> None:
-        """Return when `nbytes` have passed."""
+    def ask(self, nbytes: int, asked_s: float) -> Passage:
+        """Take the lane for `nbytes` that somebody asked for at `asked_s`."""
         with self._lock:
-            done_at = self._free_at = max(time.perf_counter(), self._free_at) + nbytes / self.rate
-        self._pause.wait(max(0.0, done_at - time.perf_counter()))
+            begin_s = max(asked_s, self._free_at)
+            self._free_at = begin_s + nbytes / self.rate
+            return Passage(begin_s, self._free_at)
+
+    def wait(self, passage: Passage) -> None:
+        """Return when the last byte of `passage` has passed."""
+        self._pause.wait(max(0.0, passage.end_s - time.perf_counter()))
 
 
 class MeteredFile(ShardFile):
@@ -70,13 +99,14 @@ class MeteredFile(ShardFile):
 
     def read(self, view: memoryview, start: int, needed: int) -> None:
         """See `ShardFile.read`."""
+        passage = self._meter.ask(needed, time.perf_counter())
         with self._metered_path.open("rb") as file:
             done = 0
             while done < needed:
                 count = os.preadv(file.fileno(), [view[done:needed]], start + done)
                 assert count > 0, f"{self._metered_path} is too short"
                 done += count
-        self._meter.take(needed)
+        self._meter.wait(passage)
 
 
 class MeteredTransfer:
@@ -87,7 +117,7 @@ class MeteredTransfer:
         self._meter = meter
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=100_000)
         self._copied: dict[int, threading.Event] = {}
-        self._copies: deque[tuple[float, float]] = deque(maxlen=100_000)
+        self._copies: deque[Passage] = deque(maxlen=100_000)
         self._begun: dict[int, float] = {}
         self._compute_times: list[tuple[int, float, float]] = []
         self._thread = threading.Thread(target=self._run, name="lamella-metered-bus", daemon=True)
@@ -106,12 +136,13 @@ class MeteredTransfer:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See `Transfer`."""
+        asked_s = time.perf_counter()
 
         def move() -> None:
-            began_s = time.perf_counter()
+            passage = self._meter.ask(target.nbytes, asked_s)
             target.copy_(source)
-            self._meter.take(target.nbytes)
-            self._copies.append((began_s, time.perf_counter()))
+            self._meter.wait(passage)
+            self._copies.append(passage)
 
         self._work.put(move, timeout=WAIT_S)
 
@@ -144,7 +175,8 @@ class MeteredTransfer:
             timeline.add(Lane.COMPUTE, self._names[number], begin_s, end_s)
         self._compute_times.clear()
         while self._copies:
-            timeline.add(Lane.COPY, "copy", *self._copies.popleft())
+            passage = self._copies.popleft()
+            timeline.add(Lane.COPY, "copy", passage.begin_s, passage.end_s)
 
     def restart(self) -> None:
         """See `Transfer`."""
@@ -164,7 +196,7 @@ class MeteredTransfer:
             step()
 
 
-def slow_machine(old: OldMachine, scale: float, vram: int, ram: int) -> Machine:
+def slow_machine(old: OldMachine, scale: float, vram: int, ram: int, style: ReadStyle = STYLE) -> Machine:
     """A machine with the disk and bus of `old`, each slowed down by `scale`, and budgets in bytes."""
     disk, bus = Meter(old.disk / scale), Meter(old.bus / scale)
     return Machine(
@@ -172,7 +204,7 @@ def slow_machine(old: OldMachine, scale: float, vram: int, ram: int) -> Machine:
         vram=vram,
         ram=ram,
         bandwidths=Bandwidths(disk.rate, bus.rate, FAST_MEMORY, FAST_FLOPS, frozenset({"disk", "h2d"})),
-        style=ReadStyle(depth=2, block_bytes=256 * 1024, direct=False),
+        style=style,
         open_file=lambda path: MeteredFile(path, disk),
         make_transfer=lambda names: MeteredTransfer(names, bus),
     )

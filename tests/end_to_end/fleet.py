@@ -69,7 +69,18 @@ class Fleet:
     def _start(self, model: str) -> str:
         self._started += 1
         name = f"{model}-{self._started}"
-        options = ["--device", "cpu", "--slots", "8", "--lease-s", str(LEASE_S), "--drain-s", str(DRAIN_S)]
+        options = [
+            "--device",
+            "cpu",
+            "--ram",
+            "0",
+            "--slots",
+            "8",
+            "--lease-s",
+            str(LEASE_S),
+            "--drain-s",
+            str(DRAIN_S),
+        ]
         self._processes[name] = run_worker(
             ["--model", model, "--name", name, "--redis-url", self.url, "--store", str(self._store), *options],
             self._logs / f"{name}.log",
