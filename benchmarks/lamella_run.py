@@ -92,6 +92,7 @@ def measure_lamella(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         offline=True,
     )
     report: dict[str, Any] = {"tier": run.tier, "cap_bytes": run.cap_bytes, "vram": run.vram, "ram": run.ram}
+    report["rss_before_open_bytes"] = peak_rss_bytes()  # Python, torch and transformers: no part of any budget
     began = time.perf_counter()
     with Engine.open(run.model, options) as engine:
         report |= {"open_s": round(time.perf_counter() - began, 2), "plan": _plan_report(engine.plan), "sequences": {}}

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,42 @@ def machine_facts(path: Path, device: str) -> dict[str, Any]:
     }
 
 
+class Bystanders:
+    """How many cores other programs keep busy from its making on: a figure taken beside a busy one is no figure."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._busy_s, self._own_s = _busy_seconds(), _own_seconds()
+
+    def busy_cores(self) -> float | None:
+        """Cores that anyone but this process and its ended children used; None where the system does not tell."""
+        busy_s = _busy_seconds()
+        if busy_s is None or self._busy_s is None:
+            return None
+        others_s = busy_s - self._busy_s - (_own_seconds() - self._own_s)
+        return round(max(0.0, others_s) / max(1e-3, time.monotonic() - self._began), 2)
+
+
 def peak_rss_bytes() -> int | None:
     """The most memory this process has had resident so far; None where the system does not tell."""
     value = _field("/proc/self/status", "VmHWM")
     return int(value.split()[0]) * 1024 if value else None
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together have worked since the system started, for anyone, or were taken by its host."""
+    for line in _lines("/proc/stat"):
+        name, *ticks = line.split()
+        if name == "cpu" and len(ticks) >= 8:
+            user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, ticks[:8])
+            busy = user + nice + system + interrupts + soft_interrupts + stolen
+            return busy / os.sysconf("SC_CLK_TCK")
+    return None
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _versions() -> dict[str, str | None]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.json_file import read_json, write_json
+from benchmarks.machine import Bystanders
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRESS = "progress: "  # lines of a stage that start so are shown; the others only go to its log
@@ -37,14 +38,14 @@ def say(text: str) -> None:
 def run_stage(name: str, kind: str, spec: dict[str, Any], work_dir: Path, deadline_s: float) -> dict[str, Any]:
     """Run the measurement `kind` with `spec` and return its report; never raises for what goes wrong inside.
 
-    The report carries `wall_s`, and `error` (with the log's end in `log_tail`) where it failed or did not end within
-    `deadline_s`; what it had measured until then is kept.
+    The report carries `wall_s`, `others_busy_cores` (what other programs took of the machine), and `error` (with the
+    log's end in `log_tail`) where it failed or did not end within `deadline_s`; what was measured till then is kept.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     spec_path, out_path, log_path = (work_dir / f"{name}.{end}" for end in ("spec.json", "out.json", "log"))
     write_json(spec_path, spec)
     out_path.unlink(missing_ok=True)
-    began = time.perf_counter()
+    began, bystanders = time.perf_counter(), Bystanders()
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.stage", kind, str(spec_path), str(out_path)],
         cwd=ROOT,
@@ -76,7 +77,8 @@ def run_stage(name: str, kind: str, spec: dict[str, Any], work_dir: Path, deadli
         report["error"] = error
     if "error" in report:
         report["log_tail"] = list(tail)
-    return report | {"wall_s": round(time.perf_counter() - began, 2)}
+    wall_s = round(time.perf_counter() - began, 2)
+    return report | {"wall_s": wall_s, "others_busy_cores": bystanders.busy_cores()}
 
 
 def _python_path() -> str:

@@ -31,7 +31,7 @@ import torch
 from benchmarks.checkpoint import build_checkpoint
 from benchmarks.json_file import write_json
 from benchmarks.lamella_run import WARM_UP_SWEEPS, Watch, follow
-from benchmarks.machine import machine_facts
+from benchmarks.machine import Bystanders, machine_facts
 from benchmarks.slow_machine import MACHINES, OldMachine
 from benchmarks.virtual_case import (
     BUDGETS,
@@ -61,14 +61,13 @@ SWEEP_S = 0.5  # long enough that waking a thread does not count
 DEADLINE_S = 300.0  # for one plan at one number of sequences
 _PROMPT = (5, 9, 13)
 _SPARE_SWEEPS = 16  # sequences may decode so many tokens before the last of them has read its prompt
-_STREAMED = (Tier.RAM, Tier.DISK)
 
 
 class Spreads(NamedTuple):
     """The real plan as the planner spreads it, and with its resident layers first."""
 
     spread: Plan
-    first: Plan
+    residents_first: Plan
 
 
 @dataclass(frozen=True)
@@ -84,21 +83,18 @@ class Scene:
 
 @dataclass(frozen=True)
 class Measured:
-    """What some sweeps took, in seconds of this machine; the shares are of their time.
+    """What some sweeps took, in seconds of this machine.
 
     Attributes:
         s_per_sweep: median.
         seconds: of each sweep.
-        disk_busy, bus_busy: the lane was moving bytes.
-        computing: this CPU was in a layer's code.
+        compute_s: of a sweep, in which this CPU was in the layers' code.
         token_ids: of the first sequence.
     """
 
     s_per_sweep: float
     seconds: list[float]
-    disk_busy: float
-    bus_busy: float
-    computing: float
+    compute_s: float
     token_ids: list[int]
 
 
@@ -125,12 +121,12 @@ def open_scene(sharded: ShardedModel, scene: Scene, plan: Plan, *, is_tracing: b
     return Engine(open_sweep_model(sharded, options, torch.device("cpu"), machine, scaled), None, options)
 
 
-def predicted_s(sharded: ShardedModel, scene: Scene, count: int) -> float:
-    """What a sweep of the scaled model takes at best on the scene's paced lanes, with `count` sequences."""
+def predict_scaled(sharded: ShardedModel, scene: Scene, count: int) -> Prediction:
+    """What a sweep of the scaled model with `count` sequences takes at best on the scene's paced lanes."""
     built = architecture.build(architecture.load_config(sharded.directory), torch.float32)
     sizes = sizes_of_sharded(sharded, built)
     bandwidths = paced_machine(scene.old, scene.pace).bandwidths
-    return predict(sizes, scaled_plan(scene.plans.spread, sizes), bandwidths, count).seconds
+    return predict(sizes, scaled_plan(scene.plans.spread, sizes), bandwidths, count)
 
 
 def measure(engine: Engine, count: int, sweeps: int) -> Measured:
@@ -157,20 +153,21 @@ def measure(engine: Engine, count: int, sweeps: int) -> Measured:
         raise TimeoutError(f"only {len(watch.stamps)} of {WARM_UP_SWEEPS + sweeps} sweeps in {DEADLINE_S:.0f} s")
     stamps = watch.stamps[WARM_UP_SWEEPS - 1 : WARM_UP_SWEEPS + sweeps]
     seconds = [after - before for before, after in itertools.pairwise(stamps)]
-    before, after, wall_s = *marks, stamps[-1] - stamps[0]
+    before, after = marks
     return Measured(
         s_per_sweep=statistics.median(seconds),
         seconds=[round(second, 5) for second in seconds],
-        disk_busy=(after.read_s - before.read_s) / wall_s,
-        bus_busy=(after.copy_s - before.copy_s) / wall_s,
-        computing=(after.compute_s - before.compute_s) / wall_s,
+        compute_s=(after.compute_s - before.compute_s) / sweeps,
         token_ids=watch.token_ids[names[0]],
     )
 
 
 def run_scene(sharded: ShardedModel, scene: Scene, counts: list[int], sweeps: int) -> dict[str, Any]:
-    """Both plans of a scene at every number of sequences; figures of the real machine beside those of this one."""
-    found = {}
+    """Both plans of a scene at every number of sequences, in seconds of the real machine.
+
+    The busy shares are the bytes that a sweep moves over what the lane could have moved in its time.
+    """
+    found, bystanders = {}, Bystanders()
     for name, plan in scene.plans._asdict().items():
         with open_scene(sharded, scene, plan) as engine:
             found[name] = {count: measure(engine, count, sweeps) for count in counts}
@@ -178,35 +175,34 @@ def run_scene(sharded: ShardedModel, scene: Scene, counts: list[int], sweeps: in
     return {
         "machine": scene.old.name,
         "budgets": dataclasses.asdict(scene.budgets) | {"vram": min(scene.budgets.vram, scene.old.vram)},
-        "order": {name: "".join(str(place.tier)[0] for place in each.layers) for name, each in _named(scene.plans)},
+        "order": {
+            name: "".join(str(place.tier)[0] for place in each.layers) for name, each in scene.plans._asdict().items()
+        },
         "bytes": {str(tier): plan.layer_bytes(tier) for tier in Tier},
         "ring_bytes": plan.ring_bytes,
         "device_slots": plan.device_slots,
         "binding": scene.prediction.binding,
         "pace": round(scene.pace, 3),
+        "others_busy_cores": bystanders.busy_cores(),
         "sequences": {str(count): _figures(sharded, scene, count, found) for count in counts},
     }
 
 
-def _named(plans: Spreads) -> list[tuple[str, Plan]]:
-    return list(plans._asdict().items())
-
-
 def _figures(sharded: ShardedModel, scene: Scene, count: int, found: dict[str, dict[int, Measured]]) -> dict[str, Any]:
     spread, first = (found[name][count] for name in Spreads._fields)
-    predicted = predicted_s(sharded, scene, count)
+    predicted = predict_scaled(sharded, scene, count)
     return {
-        "predicted_s_per_sweep": predicted * scene.pace,
+        "predicted_s_per_sweep": predicted.seconds * scene.pace,
         "measured_s_per_sweep": spread.s_per_sweep * scene.pace,
         "tokens_per_s": count / (spread.s_per_sweep * scene.pace),
-        "efficiency": predicted / spread.s_per_sweep,
+        "efficiency": predicted.seconds / spread.s_per_sweep,
         "residents_first_s_per_sweep": first.s_per_sweep * scene.pace,
         "gain_of_spreading": first.s_per_sweep / spread.s_per_sweep,
-        "disk_busy": spread.disk_busy,
-        "bus_busy": spread.bus_busy,
-        "computing_here": spread.computing,
+        "disk_busy": predicted.lanes.disk / spread.s_per_sweep,
+        "bus_busy": predicted.lanes.bus / spread.s_per_sweep,
+        "computing_here": spread.compute_s / spread.s_per_sweep,
         "token_ids": spread.token_ids,
-        "here": {name: found[name][count].seconds for name in Spreads._fields},
+        "seconds_here": {name: found[name][count].seconds for name in Spreads._fields},
     }
 
 

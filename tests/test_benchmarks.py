@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.calibrate import disk_bandwidth
 from benchmarks.checkpoint import LlamaShape, build_checkpoint, tensor_bytes, weight_files
 from benchmarks.coldness import ReadCount, cached_share, drop_file_cache, prove
+from benchmarks.machine import Bystanders
 from benchmarks.peers import measure_margins
 from benchmarks.plot import PlotError, efficiencies, plot, rates
 from benchmarks.report import compare_tokens, derive, differences, limits, table
@@ -126,6 +127,15 @@ def test_disk_is_measured_at_several_depths(checkpoint: Path) -> None:
     assert set(disk["depths"]) == {"1", "2", "4", "8", "16"}
 
 
+def test_work_of_others_is_told_from_ones_own() -> None:
+    bystanders = Bystanders()
+
+    sum(range(3_000_000))
+
+    busy = bystanders.busy_cores()
+    assert busy is None or 0 <= busy <= 1.05 * (os.cpu_count() or 1) + 0.5
+
+
 def test_limit_is_the_slowest_lane() -> None:
     plan = {"bytes": {"vram": 300, "ram": 500, "disk": 200}}
     lanes = {"disk": {"bytes_per_s": 100}, "h2d_bytes_per_s": 100.0, "device_memory_bytes_per_s": 1000.0}
@@ -210,7 +220,8 @@ def test_run_says_where_how_and_against_what_it_measured(run: dict[str, Any]) ->
     assert run["calibration_after_disk"]["disk"]["bytes_per_s"] > 0
     assert run["model"]["bytes"] == TINY.nbytes
     assert run["lamella"]["disk"]["plan"]["bytes"]["disk"] > 0
-    assert run["lamella"]["disk"]["peak_rss_bytes"] > 0
+    assert run["lamella"]["disk"]["peak_rss_bytes"] > run["lamella"]["disk"]["rss_before_open_bytes"] > 0
+    assert run["lamella"]["disk"]["others_busy_cores"] >= 0
 
 
 @pytest.mark.timeout(400)

@@ -168,6 +168,17 @@ def test_worker_shares_the_store_named_in_its_config(name: str) -> None:
     assert f"VOLUME {config.engine.store}" in DOCKERFILE
 
 
+@pytest.mark.parametrize("name", WORKERS)
+def test_workers_share_the_memory_named_in_their_config(name: str) -> None:
+    config = load_config(ROOT / "configs" / "container.toml", {}, environ={})
+    assert config.engine.shared_memory is not None
+
+    # The engine makes a directory of its user's own in the volume, whose root belongs to nobody.
+    assert f"ram:{config.engine.shared_memory.parent}" in WORKERS[name]["volumes"]
+    assert COMPOSE["volumes"]["ram"]["driver_opts"]["type"] == "tmpfs"
+    assert "mode=1777" in COMPOSE["volumes"]["ram"]["driver_opts"]["o"]
+
+
 def _options(command: list[str]) -> set[str]:
     return {word for word in command if word.startswith("--")}
 

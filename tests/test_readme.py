@@ -94,9 +94,9 @@ def _command_and_words(line: str) -> tuple[click.Command, list[str]]:
 @pytest.mark.parametrize("shown", _commands(), ids=str)
 def test_shown_command_is_understood(shown: Shown) -> None:
     command, words = _command_and_words(shown.text)
-    accepted: list[type[Exception]] = [click.exceptions.Exit]  # --help and its like
+    accepted: list[type[Exception]] = [typer.Exit]  # --help and its like
     if not shown.is_whole:
-        accepted.append(click.MissingParameter)
+        accepted.append(typer.BadParameter)  # of which a missing one is a kind
 
     with contextlib.suppress(*accepted):
         _parse(command, words)

@@ -2,17 +2,25 @@
 
 In the order data flows through them:
 
-- `names`, `hub`, `weight_source`, `safetensors_header`, `checkpoint`, `gguf_header`, `gguf_checkpoint`: where a model
-  comes from.
+- `names`, `hub`, `hub_errors`, `weight_source`, `safetensors_header`, `checkpoint`, `gguf_header`, `gguf_checkpoint`:
+  where a model comes from.
 - `architecture`: the module tree without weights, and whether it can run here.
 - `convert`, `shard`, `shard_writer`, `shard_builder`, `manifest`, `shard_check`, `model_lock`, `shard_store`: one file
   per layer, built once, checked whenever it is opened.
-- `inspection`: what a model is, from config and headers alone.
-- `reader`, `slots`, `binding`: a layer's bytes from disk to the parameters that compute.
-- `packing`, `attention`, `kv_cache`, `sweep`: one pass over all layers for all sequences together.
+- `model_source`, `kv_shape`, `inspection`: what a model is, from config and headers alone.
+- `placement`, `budget`, `device`, `compute_dtype`, `model_sizes`, `disk_speed`, `calibration`, `planner`, `workspace`,
+  `reserve`, `spread`, `estimate`: where every byte will live and be computed, and what a sweep will take.
+- `open_model`, `pieces`, `file_reads`, `loader`, `host_memory`, `shared_memory`, `ram_tier`, `resident`,
+  `embedding_rows`: what stays is brought to its home, once.
+- `disk_reader`, `transfer`, `weight_stream`, `binding`: what does not stay, from disk or RAM to the parameters that
+  compute, in every sweep.
+- `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
+  layers for all sequences together.
 - `sampler`, `text`, `detokenizer`: from logits to tokens to text.
 - `sequence`, `scheduler`, `engine`: who rides which sweep; `sequence_types` and `options` are what callers see.
-- `auto_model`: the engine in one process, for scripts.
+- `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
+- `auto_model`: the engine in one process, for scripts; `cli`, `plan_target`, `plan_report`, `plan_cli`, `bench_cli`: in
+  a shell, with `byte_size`, `progress` and `console_progress`.
 """
 
 from lamella_engine.auto_model import AutoModel, GenerateOutput

@@ -22,9 +22,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from lamella_engine.errors import EngineError
 from lamella_engine.kv_cache import KVCache
 from lamella_engine.packing import Pack
+from lamella_engine.workspace import ATTENTION_SCRATCH_BYTES
 
 IMPLEMENTATION = "lamella"
-SCORE_BYTES = 64 * 1024 * 1024  # the float32 scores of one step, should a kernel write them out
+SCORE_BYTES = ATTENTION_SCRATCH_BYTES  # the float32 scores of one step, should a kernel write them out
+WRITTEN_OUT = 4  # times scores are there at once where attention is written out: scaled, masked, as weights, cast
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def _attend_chunk(
     grouped = query[0].reshape(key_heads, repeats, count, width).transpose(0, 1)
     keys = keys.transpose(0, 1).expand(repeats, -1, -1, -1)
     values = values.transpose(0, 1).expand(repeats, -1, -1, -1)
-    step = max(16, SCORE_BYTES // (4 * heads * length))
     is_written_out = form.softcap is not None or form.sinks is not None
+    step = max(16, SCORE_BYTES // (4 * heads * length * (WRITTEN_OUT if is_written_out else 1)))
     if mask is None and not is_written_out and count <= step:
         out = scaled_dot_product_attention(grouped, keys, values, is_causal=True, scale=form.scale)
     else:

@@ -6,6 +6,7 @@ A script written for airllm runs with its import line changed. What is not effec
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lamella_engine.errors import EngineError, OptionError, SequenceError
 from lamella_engine.options import EngineOptions
 from lamella_engine.sequence_types import FinishReason, Sampling, SequencePrefill, SequenceRequest, SequenceTokens
 from lamella_engine.shard_store import ShardStore, default_store_root
+from lamella_engine.sweep_profile import SweepProfile, plain_console, profile_table
 
 GENERATE_SEED = 0
 
@@ -37,10 +39,12 @@ class AutoModel:
     Attributes:
         tokenizer: the model's transformers tokenizer, or None if it ships none.
         engine: the engine underneath.
+        profiling_mode: print after each `generate` what its sweeps moved and what their time went to.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, profiling_mode: bool = False) -> None:
         self.engine = engine
+        self.profiling_mode = profiling_mode
         self.tokenizer = engine.codec.tokenizer if engine.codec is not None else None
         self._calls = 0
         self._lock = threading.Lock()
@@ -67,7 +71,8 @@ class AutoModel:
             hf_token: hub access token; None means the usual places.
             prefetching: must be True, reading ahead is how the engine works.
             delete_original: not supported yet; must be False.
-            profiling_mode: not supported yet; must be False.
+            profiling_mode: print a table to standard output after each `generate`: bytes from each tier and seconds of
+                reading, copying, computing and waiting, a sweep, and tokens a second.
             device: ``cpu``, ``cuda:0``, ...; None means the first GPU, else the CPU.
             dtype: compute type, such as ``"bfloat16"`` or ``torch.bfloat16``; None means the stored type.
 
@@ -79,7 +84,6 @@ class AutoModel:
             ("compression", compression, None),
             ("prefetching", prefetching, True),
             ("delete_original", delete_original, False),
-            ("profiling_mode", profiling_mode, False),
         ):
             if value != supported:
                 raise OptionError(f"{name}={value!r} is not supported yet; leave it at {supported!r}")
@@ -91,7 +95,8 @@ class AutoModel:
             hub_token=hf_token,
         )
         sharded = ShardStore(root).ensure(path_or_id, hub_token=hf_token)
-        return cls(Engine.open_sharded(sharded, resolve_device(options.device), options))
+        engine = Engine.open_sharded(sharded, resolve_device(options.device), options)
+        return cls(engine, profiling_mode=profiling_mode)
 
     def __enter__(self) -> AutoModel:
         return self
@@ -145,7 +150,8 @@ class AutoModel:
         self._check_samples(num_return_sequences, params)
         prompts = self._prompts(input_ids, attention_mask)
         with self._lock:
-            generated = self._run(prompts, params, num_return_sequences)
+            run = self._run_profiled if self.profiling_mode else self._run
+            generated = run(prompts, params, num_return_sequences)
         longest = max(len(tokens) for tokens in generated)
         pad = self._pad_token()
         rows = [
@@ -185,6 +191,16 @@ class AutoModel:
         if pad is not None:
             return int(pad)
         return min(self.engine.end_token_ids, default=0)
+
+    def _run_profiled(self, prompts: list[list[int]], params: Sampling, num_samples: int) -> list[list[int]]:
+        before, began_s = self.engine.counters(), time.perf_counter()
+        generated = self._run(prompts, params, num_samples)
+        seconds = time.perf_counter() - began_s
+        profile = SweepProfile.between(before, self.engine.counters())
+        tokens = sum(map(len, generated))
+        title = f"generate: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s; a sweep"
+        plain_console().print(profile_table([(len(generated), profile)], title))
+        return generated
 
     def _run(self, prompts: list[list[int]], params: Sampling, num_samples: int) -> list[list[int]]:
         self._calls += 1

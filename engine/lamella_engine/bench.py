@@ -1,7 +1,7 @@
 """Measures an engine in this process: seconds a sweep at several numbers of sequences, beside the machine's own limit.
 
-Owns the run: calibration, prompts, warm-up, timing and peaks. The engine is used as any caller uses it, `estimate` makes
-the limit from bandwidths measured in the same run, `bench_cli` has the options and shows the report.
+Owns the run: calibration, prompts, warm-up, timing and peaks. The engine is used as any caller uses it; `estimate`
+makes the limit from bandwidths measured in the same run; `bench_cli` has the options and shows the report.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ class BenchRequest:
                 raise OptionError(f"{option} is {value}; it must be at least 1")
         if self.trace is not None and not self.trace.parent.is_dir():
             raise OptionError(f"--trace: there is no directory {self.trace.parent}; make it first")
+        if self.trace is not None and self.trace.is_dir():
+            raise OptionError(f"--trace: {self.trace} is a directory; name a file in it")
 
     @property
     def generated_tokens(self) -> int:
@@ -281,7 +283,7 @@ def _decode(
     run.profile = SweepProfile.between(before, after)
     run.preemptions = after.preemptions - before.preemptions
     seconds = run.stamps[-1] - run.stamps[WARM_UP_SWEEPS - 1]
-    say(f"{count} sequences: {request.tokens} sweeps in {seconds:.2f} s")
+    say(f"{count} side by side: {request.tokens} sweeps in {seconds:.2f} s")
     return run
 
 
@@ -342,7 +344,8 @@ def _timed_profile(run: _Decoding) -> SweepProfile:
     """The profile of the timed sweeps alone.
 
     Totals are seen while the next sweep is under way, and a GPU's grow by whole sweeps: a line through all of them is
-    nearer to the truth than the difference of the first and the last. Every sweep uses the same bytes.
+    nearer to the truth than the difference of the first and the last. Bytes are those of all sweeps: only the few
+    embedding rows differ.
     """
     assert run.profile is not None, "set when the sequences have ended"
     totals = run.totals[WARM_UP_SWEEPS - 1 :]

@@ -114,7 +114,9 @@ def _print(report: BenchReport) -> None:
         markup=False,
     )
     console.print(_speed_table(report))
-    console.print(profile_table([(row.num_sequences, row.profile) for row in report.rows], "A sweep"))
+    console.print(
+        profile_table([(row.num_sequences, row.profile) for row in report.rows], "A sweep: weights of layers, seconds")
+    )
     for line in _notes(report):
         console.print(line, markup=False)
 

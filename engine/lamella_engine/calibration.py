@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from lamella_engine.device import free_memory_bytes
+from lamella_engine.device import free_memory_bytes, release_library_memory
 from lamella_engine.disk_speed import ASSUMED_DISK, DiskProfile, measure_disk
 from lamella_engine.host_memory import HostMemory
 from lamella_engine.placement import Bandwidths
@@ -42,6 +42,7 @@ _CPU_READ_BYTES = 128 * MIB
 _FREE_SHARE = 4  # of the free memory a measurement takes a quarter at most
 _COLUMNS = 4096
 _ENOUGH_S = 0.005  # a product that takes longer is large enough
+_STILL_RISING = 1.5  # times as fast as half its size: a larger one may be faster still
 _LONG_S = 0.05  # and one that takes longer than this is not repeated
 _SMALLEST_PRODUCT, _LARGEST_PRODUCT = 256, 4096
 _FLOAT32_BYTES = 4
@@ -90,17 +91,22 @@ def measure_device_memory(device: torch.device) -> float:
 def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a matrix product in `dtype` on `device`; a multiply-add counts as two.
 
-    The product grows until it takes some milliseconds, so that starting it does not count.
+    The product grows until it takes some milliseconds and is hardly faster than a smaller one, so that neither starting
+    it counts, nor that its threads wait for a core which another program has.
     """
-    size = _SMALLEST_PRODUCT
-    while (seconds := _product_seconds(size, device, dtype, _FEW)) < _ENOUGH_S and size < _LARGEST_PRODUCT:
+    best, size = 0.0, _SMALLEST_PRODUCT
+    while (seconds := _product_seconds(size, device, dtype, _FEW)) < _LONG_S and size < _LARGEST_PRODUCT:
+        flops = 2.0 * size**3 / seconds
+        if seconds >= _ENOUGH_S and flops < _STILL_RISING * best:
+            break
+        best = max(best, flops)
         if 3 * (2 * size) ** 2 * _FLOAT32_BYTES > free_memory_bytes(device) // _FREE_SHARE:
             break
         size *= 2
     if seconds < _LONG_S:
         seconds = min(seconds, _product_seconds(size, device, dtype, _REPEATS))
     _give_back(device)
-    return 2.0 * size**3 / seconds
+    return max(best, 2.0 * size**3 / seconds)
 
 
 def assumed_bandwidths(device: torch.device) -> Bandwidths:
@@ -155,4 +161,5 @@ def _cuda_seconds(work: Callable[[], object]) -> float:
 def _give_back(device: torch.device) -> None:
     """Leave none of it in the allocator's cache, where it would count against a budget."""
     if device.type == "cuda":
+        release_library_memory()
         torch.cuda.empty_cache()

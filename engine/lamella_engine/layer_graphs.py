@@ -1,60 +1,52 @@
-"""CUDA graphs of decoding layers: where shapes repeat, a layer's launches are recorded once and replayed in one call.
+"""Graphs of decoding layers: where shapes repeat, a layer's launches are recorded once and replayed in one call.
 
 Owns buckets (number of sequences, longest context), each with a pack whose tensors stay where they are and are filled
-anew for every sweep, and the recorded graph of each (layer, buffer) pair. A layer that cannot be recorded switches
-graphs off for good; the sweep then launches its kernels one by one, with the same result.
+anew for every sweep, and the recorded graph of each (layer, buffer) pair. `graph_recorder` does the recording. A layer
+that cannot be recorded switches graphs off for good; the sweep then launches its kernels one by one, with the same
+result.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from lamella_engine.packing import (
-    FREE_TOKENS,
-    GATHER_TOKENS,
-    MAX_PADDING,
-    ChunkedSpan,
-    DecodeGroup,
-    Span,
-    decode_mask,
-    padded_slots,
-)
+from lamella_engine.graph_recorder import Recorder, Replay
+from lamella_engine.packing import ChunkedSpan, DecodeGroup, Span, decode_mask, padded_slots
+from lamella_engine.workspace import FREE_TOKENS, MAX_BUCKETS, MAX_PADDING, bucket_size
 
 logger = logging.getLogger(__name__)
 
-WARM_SWEEPS = 3  # a bucket is recorded when it comes for the third time in a row
+WARM_SWEEPS = 3  # a bucket is recorded when it comes for the third time in a row; the time before, it runs unrecorded
 MAX_GRAPHS = 1024  # recorded at most; each takes memory of the driver
-_SEQUENCE_STEP = 8
 _CONTEXT_STEP = 64
 
 Body = Callable[..., Any]
 Key = tuple[int, tuple[str, int]]
 
 
-def bucket_of(spans: list[Span]) -> tuple[int, int] | None:
-    """Number of sequences and longest context of the bucket that `spans` fall in; None if they are no plain decode."""
+class RecordError(Exception):
+    """A layer's launches cannot be recorded; nothing of it has run."""
+
+
+def bucket_of(spans: list[Span], gather_tokens: int) -> tuple[int, int] | None:
+    """Number of sequences and longest context of the bucket that `spans` fall in; None if they are no plain decode.
+
+    Neither are those that need more than one batch: of `gather_tokens` keys and values, not mostly padding.
+    """
     if not spans or any(len(span.token_ids) > 1 for span in spans):
         return None
     ends = [span.end for span in spans]
-    count = _next_size(len(spans), _SEQUENCE_STEP)
-    longest = _CONTEXT_STEP * _next_size(-(-max(ends) // _CONTEXT_STEP), 4)
-    if longest > MAX_PADDING * max(min(ends), FREE_TOKENS) or count * longest > GATHER_TOKENS:
+    count = bucket_size(len(spans))
+    longest = _CONTEXT_STEP * bucket_size(-(-max(ends) // _CONTEXT_STEP), 4)
+    if longest > MAX_PADDING * max(min(ends), FREE_TOKENS) or count * longest > gather_tokens:
         return None
     return count, longest
-
-
-def _next_size(value: int, step: int) -> int:
-    """The next power of two up to `step`, above it the next quarter of a power of two."""
-    if value <= step:
-        return 1 << (value - 1).bit_length()
-    unit = (1 << ((value - 1).bit_length() - 1)) // 4
-    return -(-value // unit) * unit
 
 
 class _StaticGroup:
@@ -87,13 +79,11 @@ class _StaticGroup:
 class DecodePack:
     """A `packing.Pack` of fixed shape; rows beyond the spans repeat the first one, which does no harm."""
 
-    def __init__(self, count: int, longest: int, windows: tuple[int | None, ...], device: torch.device) -> None:
+    def __init__(self, count: int, longest: int, device: torch.device) -> None:
         self._device = device
         self._count = count
         self._numbers = torch.zeros(4, count, dtype=torch.int64, device=device)
         self._group = _StaticGroup(count, longest, device)
-        for window in set(windows):
-            self._group.mask(window)
         self.groups: list[DecodeGroup] = [self._group]
         self.chunks: list[ChunkedSpan] = []
         self.order: list[int] = []
@@ -119,49 +109,75 @@ class DecodePack:
 class _Recorded:
     """A layer's graph: what it reads besides the hidden states, and the shape of its call."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Replay
+    form: object
     inputs: tuple[torch.Tensor | None, ...]  # by leaf; None where the leaf is no tensor
-    constants: tuple[object, ...]
+    constants: tuple[object, ...]  # by leaf; None where the leaf is a tensor
     result: Any
+
+    def fits(self, leaves: list[Any], form: object) -> bool:
+        """Whether a call with these arguments would have been recorded alike."""
+        if form != self.form:
+            return False
+        for leaf, static, constant in zip(leaves, self.inputs, self.constants, strict=True):
+            if static is None:
+                if isinstance(leaf, torch.Tensor) or leaf != constant:
+                    return False
+            elif not _is_like(leaf, static):
+                return False
+        return True
 
 
 class DecodeBucket:
-    """A pack of fixed shape and the graphs recorded for it."""
+    """A pack of fixed shape and the graphs recorded for it; used within inference mode."""
 
-    def __init__(self, pack: DecodePack, owner: LayerGraphs) -> None:
+    def __init__(self, pack: DecodePack, device: torch.device, recorder: Recorder) -> None:
         self.pack = pack
-        self.num_sweeps = 0
-        self._owner = owner
+        self._device = device
+        self._recorder = recorder
+        self._num_sweeps = 0
         self._recorded: dict[Key, _Recorded] = {}
         self._hidden: torch.Tensor | None = None
         self._held: dict[int, torch.Tensor] = {}  # by the address of a static input, what was copied to it last
-        self._statics: dict[int, torch.Tensor] = {}  # by the id of a tensor of this sweep, its static input
+        # By its id a tensor of this sweep, held so that no other gets the id, and its static input.
+        self._statics: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def num_graphs(self) -> int:
         """Graphs recorded."""
         return len(self._recorded)
 
-    def begin_sweep(self) -> None:
-        """Forget which tensors belonged to the last sweep."""
+    def begin_sweep(self, spans: list[Span]) -> None:
+        """Take over the spans, and forget which tensors belonged to the last sweep."""
+        self.pack.fill(spans)
+        self._num_sweeps += 1
         self._held.clear()
         self._statics.clear()
 
-    def run(self, key: Key, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``body(*args, **kwargs)`` as a graph; the result is valid until the next layer runs."""
-        leaves, form = pytree.tree_flatten((args, kwargs))
+    def run(self, key: Key, body: Body, args: tuple[Any, ...], kwargs: Mapping[str, object]) -> Any:
+        """Run ``body(*args, **kwargs)`` as a graph; the result is valid until the next layer runs.
+
+        The bucket's first sweep runs it as it is: what kernels, libraries and masks set up when they first meet a shape
+        must not be recorded.
+
+        Raises:
+            RecordError: the body cannot be recorded; it has not run.
+        """
+        if self._num_sweeps == 1:
+            return body(*args, **kwargs)
+        leaves, form = pytree.tree_flatten((args, dict(kwargs)))
         recorded = self._recorded.get(key)
         if recorded is None:
-            recorded = self._record(body, leaves, form)
-            self._recorded[key] = recorded
-        constants = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
-        if constants != recorded.constants:
+            recorded = self._recorded[key] = self._record(body, leaves, form)
+        elif not recorded.fits(leaves, form):
             return body(*args, **kwargs)
         for leaf, static in zip(leaves, recorded.inputs, strict=True):
             if static is not None:
-                self._statics.setdefault(id(leaf), static)
+                self._statics.setdefault(id(leaf), (leaf, static))
                 self._bring(leaf, static)
-        recorded.graph.replay()
+        recorded.replay()
+        assert self._hidden is not None, "every graph writes to it"
+        self._held[self._hidden.data_ptr()] = self._hidden
         return recorded.result
 
     def _bring(self, leaf: torch.Tensor, static: torch.Tensor) -> None:
@@ -171,94 +187,136 @@ class DecodeBucket:
         static.copy_(leaf)
         self._held[address] = leaf
 
-    def _record(self, body: Body, leaves: list[Any], form: Any) -> _Recorded:
-        first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        if self._hidden is None:
-            self._hidden = torch.empty_like(first)
-        inputs: list[torch.Tensor | None] = []
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
-                inputs.append(None)
-            elif leaf is first:
-                inputs.append(self._hidden)
-            else:
-                inputs.append(self._statics.setdefault(id(leaf), torch.empty_like(leaf)))
+    def _record(self, body: Body, leaves: list[Any], form: pytree.TreeSpec) -> _Recorded:
+        if not self._recorded:
+            self._recorder.prepare()
+        inputs = self._static_inputs(leaves)
         for leaf, static in zip(leaves, inputs, strict=True):
             if static is not None:
                 self._bring(leaf, static)
         fixed = [leaf if static is None else static for leaf, static in zip(leaves, inputs, strict=True)]
         args, kwargs = pytree.tree_unflatten(fixed, form)
-        graph, result = self._owner.record(body, args, kwargs, self._hidden)
-        constants = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
-        return _Recorded(graph, tuple(inputs), constants, result)
+        hidden, result = self._hidden, None
+
+        def launch() -> None:
+            nonlocal result
+            assert hidden is not None, "the inputs are there"
+            result = _write_back(body(*args, **kwargs), hidden)
+
+        try:
+            replay = self._recorder.record(launch)
+        except Exception as error:
+            raise RecordError(f"{type(error).__name__}: {error}") from error
+        constants = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        return _Recorded(replay, form, tuple(inputs), constants, result)
+
+    def _static_inputs(self, leaves: list[Any]) -> list[torch.Tensor | None]:
+        """Tensors that stay, one for each tensor among `leaves`; layers that are given the same one share them."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not tensors:
+            raise RecordError("a layer is given no tensor")
+        if any(leaf.device.type != self._device.type for leaf in tensors):
+            raise RecordError("a layer is given a tensor in host memory, whose value a graph would keep")
+        if self._hidden is None:
+            self._hidden = torch.empty_like(tensors[0])
+        if not _is_like(tensors[0], self._hidden):
+            raise RecordError("the layers' hidden states differ in shape or type")
+        inputs: list[torch.Tensor | None] = []
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                inputs.append(None)
+            elif leaf is tensors[0] and not any(static is self._hidden for static in inputs):
+                inputs.append(self._hidden)
+            else:
+                inputs.append(self._static_of(leaf, inputs))
+        return inputs
+
+    def _static_of(self, leaf: torch.Tensor, taken: list[torch.Tensor | None]) -> torch.Tensor:
+        held = self._statics.get(id(leaf))
+        # A call that is given a tensor twice may be given two another time.
+        if held is None or held[1] is self._hidden or any(static is held[1] for static in taken):
+            held = self._statics[id(leaf)] = (leaf, torch.empty_like(leaf))
+        return held[1]
 
 
 class LayerGraphs:
-    """All buckets of one engine; used by the sweep thread only."""
+    """All buckets of one engine; used by the sweep thread only, within inference mode.
 
-    def __init__(self, device: torch.device, windows: tuple[int | None, ...]) -> None:
+    Args:
+        device: that the layers run on.
+        recorder: how launches are recorded; None where they are not.
+        gather_tokens: keys and values that attention may bring together, in tokens.
+    """
+
+    def __init__(self, device: torch.device, recorder: Recorder | None, gather_tokens: int) -> None:
         self._device = device
-        self._windows = windows
-        self.is_enabled = device.type == "cuda"
+        self._recorder = recorder
+        self._gather_tokens = gather_tokens
+        self.is_enabled = recorder is not None
         self._buckets: dict[tuple[int, int], DecodeBucket] = {}
         self._last: tuple[int, int] | None = None
         self._repeats = 0
-        if self.is_enabled:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch leaves it without types
-            self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs recorded, in all buckets."""
+        return sum(bucket.num_graphs for bucket in self._buckets.values())
+
+    @property
+    def num_buckets(self) -> int:
+        """Buckets made."""
+        return len(self._buckets)
 
     def bucket(self, spans: list[Span]) -> DecodeBucket | None:
         """The bucket to run `spans` in, its pack filled; None where they should be launched one by one."""
-        shape = bucket_of(spans) if self.is_enabled else None
+        shape = bucket_of(spans, self._gather_tokens) if self.is_enabled else None
         self._repeats = self._repeats + 1 if shape is not None and shape == self._last else 0
         self._last = shape
-        if shape is None or (shape not in self._buckets and self._repeats < WARM_SWEEPS - 1):
+        if shape is None or (shape not in self._buckets and self._repeats < WARM_SWEEPS - 2):
             return None
         if shape not in self._buckets:
+            assert self._recorder is not None, "graphs are enabled"
             self._make_room()
-            pack = DecodePack(*shape, self._windows, self._device)
-            self._buckets[shape] = DecodeBucket(pack, self)
+            self._buckets[shape] = DecodeBucket(DecodePack(*shape, self._device), self._device, self._recorder)
         bucket = self._buckets[shape] = self._buckets.pop(shape)  # the one used last comes last
-        bucket.pack.fill(spans)
-        bucket.begin_sweep()
+        bucket.begin_sweep(spans)
         return bucket
 
     def disable(self, reason: BaseException) -> None:
         """Launch kernels one by one from now on."""
-        logger.warning("layers of this model cannot be recorded as CUDA graphs, they run without: %s", reason)
+        logger.warning("layers of this model cannot be recorded as graphs, they run without: %s", reason)
         self.is_enabled = False
         self._buckets.clear()
 
     def close(self) -> None:
-        """Free every graph."""
+        """Free every graph; idempotent."""
+        self.is_enabled = False
         self._buckets.clear()
-
-    def record(self, body: Body, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> Any:
-        """Record ``body(*args, **kwargs)`` with its hidden states written back to `hidden`; returns (graph, result)."""
-        graph = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = _write_back(body(*args, **kwargs), hidden)
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
-        return graph, result
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _make_room(self) -> None:
-        while self._buckets and sum(bucket.num_graphs for bucket in self._buckets.values()) >= MAX_GRAPHS:
-            torch.cuda.synchronize(self._device)
+        """Drop the buckets not used for longest; what their graphs still have to run, the device finishes first."""
+        had_graphs = self.num_graphs > 0
+        while self._buckets and (len(self._buckets) >= MAX_BUCKETS or self.num_graphs >= MAX_GRAPHS):
             del self._buckets[next(iter(self._buckets))]
+        if had_graphs and not self.num_graphs and self._recorder is not None:
+            self._recorder.forget()
+
+
+def _is_like(leaf: object, static: torch.Tensor) -> bool:
+    return (
+        isinstance(leaf, torch.Tensor)
+        and leaf.shape == static.shape
+        and leaf.dtype == static.dtype
+        and leaf.device == static.device
+    )
 
 
 def _write_back(result: Any, hidden: torch.Tensor) -> Any:
     """The layer's result with its hidden states in `hidden`, which the next layer reads."""
-    if isinstance(result, torch.Tensor):
-        hidden.copy_(result)
-        return hidden
-    if isinstance(result, tuple) and not any(isinstance(part, torch.Tensor) for part in result[1:]):
-        hidden.copy_(result[0])
-        return (hidden, *result[1:])
-    raise TypeError(f"a layer returned {type(result).__name__} with more than hidden states")
+    parts = result if isinstance(result, tuple) else (result,)
+    if not _is_like(parts[0], hidden) or any(isinstance(part, torch.Tensor) for part in parts[1:]):
+        raise TypeError(f"a layer returned {type(result).__name__} that is not hidden states like those it was given")
+    hidden.copy_(parts[0])
+    return (hidden, *parts[1:]) if isinstance(result, tuple) else hidden

@@ -34,19 +34,23 @@ class Loader:
         self.tier = tier
         self._style = style
 
-    def to_device(self, key: int, piece: Piece, binding: LayerBinding) -> BoundSlot:
-        """The piece in device memory of its own, in the compute dtype of `binding`.
+    def to_device(self, key: int, piece: Piece, binding: LayerBinding, target: torch.Tensor) -> BoundSlot:
+        """The piece in device memory for good, in the compute dtype of `binding`.
+
+        Args:
+            key: tells it from other resident pieces that `binding` is given.
+            piece: what is read.
+            binding: its places in the model.
+            target: where it is kept, uint8 [`resident_bytes`].
 
         Raises:
             ShardError: it cannot be read.
         """
         if binding.needs_conversion:
-            target = torch.empty(binding.converted_bytes, dtype=torch.uint8, device=self._device)
             with HostMemory(piece.nbytes) as stored:
                 read_piece(piece, stored.view, self._style)
                 binding.convert(stored.tensor, target)
             return BoundSlot(("resident", key), target, is_converted=True)
-        target = torch.empty(piece.nbytes, dtype=torch.uint8, device=self._device)
         with HostMemory(min(BOUNCE_BYTES, piece.nbytes)) as bounce:
             for low in range(0, piece.nbytes, bounce.nbytes):
                 part = replace(piece, start=piece.start + low, nbytes=min(bounce.nbytes, piece.nbytes - low))
@@ -92,5 +96,11 @@ class Loader:
         if self._device.type == "cpu":
             slot = self.to_ram_converted(spec.offset, piece, binding, dtype)
         else:
-            slot = self.to_device(spec.offset, piece, binding)
+            target = torch.empty(resident_bytes(piece, binding), dtype=torch.uint8, device=self._device)
+            slot = self.to_device(spec.offset, piece, binding, target)
         binding.bind(slot)
+
+
+def resident_bytes(piece: Piece, binding: LayerBinding) -> int:
+    """Bytes that the piece takes where it stays to be computed with."""
+    return binding.converted_bytes if binding.needs_conversion else piece.nbytes

@@ -7,8 +7,8 @@ disk and bus are slowed down to those of another, computing on the CPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from lamella_engine.calibration import DiskProfile, assumed_bandwidths, measure_
 from lamella_engine.compute_dtype import choose_dtype
 from lamella_engine.device import available_host_bytes, free_memory_bytes, total_memory_bytes
 from lamella_engine.disk_reader import DiskReader
+from lamella_engine.errors import DeviceError
 from lamella_engine.file_reads import ALIGNMENT, ReadStyle, ShardFile
+from lamella_engine.graph_recorder import CudaRecorder, Recorder
 from lamella_engine.host_memory import HostMemory
-from lamella_engine.loader import Loader
+from lamella_engine.loader import Loader, resident_bytes
 from lamella_engine.model_sizes import sizes_of_sharded
 from lamella_engine.options import EngineOptions
 from lamella_engine.pieces import Piece, PlacedPiece, layer_piece, place_pieces
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 SMALL_MODEL_BYTES = 256 * 1024 * 1024  # not worth a second of measuring the disk
 PIPELINE = 2  # ring slots per reading thread: one is read, one is copied
+DEVICE_ALIGNMENT = 512  # of buffers on a device, as its allocator has it
 
 OpenFile = Callable[[Path], ShardFile]
 MakeTransfer = Callable[[Sequence[str]], Transfer]
@@ -59,6 +62,7 @@ class Machine:
         style: how its disk likes to be read.
         open_file: opens a shard file for reading.
         make_transfer: makes what copies to the device, from the names of the pieces; None where nothing is copied.
+        recorder: records what decoding layers launch; None where nothing is recorded.
     """
 
     device: torch.device
@@ -68,6 +72,7 @@ class Machine:
     style: ReadStyle
     open_file: OpenFile
     make_transfer: MakeTransfer | None
+    recorder: Recorder | None = None
 
     @property
     def plan_device(self) -> str:
@@ -118,6 +123,7 @@ def this_machine(
         style=style,
         open_file=lambda path: ShardFile(path, direct=style.direct),
         make_transfer=(lambda names: CudaTransfer(device, names)) if is_card else None,
+        recorder=CudaRecorder(device) if is_card else None,
     )
 
 
@@ -144,8 +150,15 @@ def open_sweep_model(
         tier = resources.enter_context(RamTier(options.shared_memory, pinned=device.type == "cuda"))
         machine = machine or this_machine(sharded, device, dtype, options, tier)
         plan = plan or make_plan(sizes_of_sharded(sharded, built), machine.request(options))
+        resources.enter_context(_capped(device, plan))
         opener = _Opener(sharded, built, plan, machine, Timeline(is_tracing=options.trace), resources)
-        model = opener.open(tier)
+        try:
+            model = opener.open(tier)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{device} has less memory free than {sharded.name} was planned for: {error}. End what else runs on "
+                "it, or give a smaller budget (--vram)."
+            ) from error
         opener.keep()
     return model
 
@@ -181,12 +194,13 @@ class _Opener:
         ]
         placed = place_pieces(self._sharded, self._plan, tables.head)
         stream = self._open_stream(placed, bindings, loader)
+        self._resources.callback(stream.close)
         buffer = self._conversion_buffer(placed, bindings, tables.head)
         if self._plan.head.num_blocks:
             assert tables.head is not None, "place_pieces has found it"
             head = self._built.model.get_output_embeddings()
             head.forward = StreamedHead(head, tables.head, self._plan.head.num_blocks, len(bindings), stream, buffer)
-        weights = StreamedWeights(self._plan, bindings, stream, self._timeline)
+        weights = StreamedWeights(self._plan, bindings, stream, self._timeline, self._machine.recorder)
         return SweepModel(self._sharded, self._built, weights, self._machine.device, self._kept)
 
     def keep(self) -> None:
@@ -204,12 +218,16 @@ class _Opener:
             }
             return HostStream(placed, resident, reader, self._timeline)
         transfer = make_transfer([place.piece.name for place in placed])
+        staying = by_tier[Tier.VRAM]
+        homes = _split([resident_bytes(placed[number].piece, bindings[number]) for number in staying], self._empty)
         on_device: dict[int, BoundSlot] = {
-            number: loader.to_device(number, placed[number].piece, bindings[number]) for number in by_tier[Tier.VRAM]
+            number: loader.to_device(number, placed[number].piece, bindings[number], home)
+            for number, home in zip(staying, homes, strict=True)
         }
         in_ram = {number: loader.to_ram(placed[number].piece) for number in by_tier[Tier.RAM]}
         count = min(self._plan.device_slots, len(placed) - len(on_device))
-        slots = [DeviceSlot(key, transfer.allocate(self._plan.slot_bytes)) for key in range(count)]
+        buffers = _split([self._plan.slot_bytes] * count, transfer.allocate)
+        slots = [DeviceSlot(key, buffer) for key, buffer in enumerate(buffers)]
         logger.info("%d of %d pieces stay on %s", len(on_device), len(placed), device)
         return DeviceStream(placed, on_device, in_ram, reader, slots, transfer, self._timeline)
 
@@ -223,7 +241,12 @@ class _Opener:
         if self._machine.make_transfer is not None:
             room = self._plan.ring_bytes // (PIPELINE * style.depth) // ALIGNMENT * ALIGNMENT
             chunk_bytes = max(ALIGNMENT, min(style.block_bytes, room - ALIGNMENT))
-        return DiskReader(pieces, memory, chunk_bytes, style, self._timeline, self._machine.open_file)
+        reader = DiskReader(pieces, memory, chunk_bytes, style, self._timeline, self._machine.open_file)
+        self._resources.callback(reader.close)
+        return reader
+
+    def _empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._machine.device)
 
     def _conversion_buffer(
         self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], head: TensorSpec | None
@@ -242,7 +265,7 @@ class _Opener:
             sizes.append(rows * head.shape[1] * dtype.itemsize)
         if not sizes:
             return None
-        buffer = torch.empty(max(sizes), dtype=torch.uint8, device=self._machine.device)
+        buffer = self._empty(max(sizes))
         for binding in streamed:
             binding.use_buffer(buffer)
         return buffer
@@ -251,3 +274,31 @@ class _Opener:
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` the one that memory is pinned for."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _split(sizes: Sequence[int], allocate: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
+    """Buffers of `sizes` bytes that are parts of one: many of some MiB each leave an allocator with gaps."""
+    starts = [0]
+    for nbytes in sizes:
+        starts.append(starts[-1] + -(-nbytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT)
+    if not sizes:
+        return []
+    whole = allocate(starts[-1])
+    return [whole[start : start + nbytes] for start, nbytes in zip(starts, sizes, strict=False)]
+
+
+@contextmanager
+def _capped(device: torch.device, plan: Plan) -> Iterator[None]:
+    """Let this process take no more of a GPU than the plan's budget, beside what it has already."""
+    if device.type != "cuda" or plan.vram is None:
+        yield
+        return
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory.get_per_process_memory_fraction(device)
+    total = torch.cuda.mem_get_info(device)[1]
+    share = (torch.cuda.memory_reserved(device) + plan.vram.budget) / total
+    torch.cuda.set_per_process_memory_fraction(min(before, share), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)

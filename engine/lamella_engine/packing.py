@@ -13,9 +13,7 @@ from typing import Protocol
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-MAX_PADDING = 2  # a batch of decoding sequences may be padded to so many times its shortest
-FREE_TOKENS = 256  # below this length padding costs nothing worth a second batch
-GATHER_TOKENS = 32768  # keys and values gathered for one batch, unless one sequence has more
+from lamella_engine.workspace import FREE_TOKENS, MAX_GATHER_TOKENS, MAX_PADDING
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,16 @@ class PaddedGroup:
 
 
 class PackedSweep:
-    """Spans of many sequences as one ``[1, T]`` input; a `Pack` for one sweep."""
+    """Spans of many sequences as one ``[1, T]`` input; a `Pack` for one sweep.
 
-    def __init__(self, spans: list[Span], device: torch.device) -> None:
+    Keys and values of at most `gather_tokens` tokens are brought together for one batch, unless one sequence has more.
+    """
+
+    def __init__(self, spans: list[Span], device: torch.device, gather_tokens: int = MAX_GATHER_TOKENS) -> None:
         self.order = sorted(range(len(spans)), key=lambda index: _place(spans[index]))
         ordered = [spans[index] for index in self.order]
         singles = [span for span in ordered if len(span.token_ids) == 1]
-        self.groups: list[DecodeGroup] = _groups(singles, device)
+        self.groups: list[DecodeGroup] = _groups(singles, device, gather_tokens)
         ids = [token for span in ordered for token in span.token_ids]
         positions = [position for span in ordered for position in range(span.start, span.end)]
         self.input_ids = torch.tensor([ids], device=device)
@@ -165,14 +166,14 @@ def _place(span: Span) -> tuple[int, int]:
     return (0, span.end) if len(span.token_ids) == 1 else (1, 0)
 
 
-def _groups(singles: list[Span], device: torch.device) -> list[DecodeGroup]:
+def _groups(singles: list[Span], device: torch.device, gather_tokens: int) -> list[DecodeGroup]:
     """Batches of neighbours in length, none of them mostly padding or larger than the room for gathered keys."""
     groups: list[DecodeGroup] = []
     first = 0
     for index, span in enumerate(singles):
         shortest = max(singles[first].end, FREE_TOKENS)
         is_uneven = span.end > MAX_PADDING * shortest
-        is_large = (index + 1 - first) * span.end > GATHER_TOKENS
+        is_large = (index + 1 - first) * span.end > gather_tokens
         if index > first and (is_uneven or is_large):
             groups.append(PaddedGroup(singles[first:index], first, device))
             first = index

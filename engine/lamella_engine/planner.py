@@ -92,7 +92,7 @@ def make_plan(sizes: ModelSizes, request: PlanRequest) -> Plan:
     """
     if not sizes.layers:
         raise OptionError(f"{sizes.name} has no layers to place")
-    wishes = Wishes(request.max_sequences, request.kv_tokens, request.sweep_tokens)
+    wishes = Wishes(request.max_sequences, request.kv_tokens, request.sweep_tokens, request.vram is not None)
     budget = request.ram if request.vram is None else request.vram
     layouts = tuple(_layouts(sizes, request))
     base = min(layout.fixed + _least_layers(sizes, request, layout) for layout in layouts)

@@ -11,28 +11,32 @@ from dataclasses import dataclass, replace
 
 from lamella_engine.kv_cache import PAGE_TOKENS
 from lamella_engine.placement import ModelSizes
-from lamella_engine.workspace import gather_bytes, sweep_bytes
+from lamella_engine.workspace import gather_bytes, graph_bytes, sweep_bytes
 
 MIB = 1024**2
 KV_TOKENS_PER_SEQUENCE = 2048
 MIN_SWEEP_TOKENS = 64
 MAX_SWEEP_TOKENS = 4096
 _KV_SHARE = 8  # keys and values may have an eighth of the budget unless they are asked for
-_WORKSPACE_SHARE = 16  # and the workspace a sixteenth
+_WORKSPACE_SHARE = 16  # and the workspace a sixteenth, beside what graphs take
 
-# The allocator of a GPU takes large blocks from the driver by whole pages of 2 MiB, smaller ones in shared segments.
+# The allocator of a GPU takes large blocks from the driver by whole pages of 2 MiB, smaller ones in shared segments: of
+# 20 MiB above 1 MiB, else of 2 MiB.
 _SEGMENT_BYTES = 2 * MIB
+_SHARED_BYTES = 20 * MIB
 _LARGE_BYTES = 10 * MIB
+_MEDIUM_BYTES = MIB
 _SMALL_BYTES = 512
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What was asked for; None where it is to be derived."""
+    """What was asked for; None where it is to be derived. `on_card`: a GPU computes, its allocator and graphs count."""
 
     max_sequences: int
     kv_tokens: int | None
     sweep_tokens: int | None
+    on_card: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def device_bytes(nbytes: int) -> int:
 
 def smallest(sizes: ModelSizes, wishes: Wishes) -> int:
     """Bytes below which nothing can be reserved."""
-    return _kv_cost(sizes, _kv_floor(sizes, wishes)) + _sweep_cost(sizes, wishes, _sweep_floor(wishes))
+    return _kv_cost(sizes, wishes, _kv_floor(sizes, wishes)) + _sweep_cost(sizes, wishes, _sweep_floor(wishes))
 
 
 def reserve(sizes: ModelSizes, wishes: Wishes, budget: int, base: int, sweep_limit: int) -> Reserve | None:
@@ -70,24 +74,23 @@ def reserve(sizes: ModelSizes, wishes: Wishes, budget: int, base: int, sweep_lim
     kv_floor, kv_wanted = _kv_floor(sizes, wishes), _kv_wanted(sizes, wishes)
     sweep_floor = _sweep_floor(wishes)
     sweep_wanted = wishes.sweep_tokens or max(sweep_floor, min(sweep_limit, MAX_SWEEP_TOKENS))
-    least_kv, least_sweep = _kv_cost(sizes, kv_floor), _sweep_cost(sizes, wishes, sweep_floor)
+    least_kv, least_sweep = _kv_cost(sizes, wishes, kv_floor), _sweep_cost(sizes, wishes, sweep_floor)
     spare = budget - base - least_kv - least_sweep
     if spare < 0:
         return None
-    for_kv = min(_kv_cost(sizes, kv_wanted), max(least_kv, min(budget // _KV_SHARE, least_kv + spare)))
+    for_kv = min(_kv_cost(sizes, wishes, kv_wanted), max(least_kv, min(budget // _KV_SHARE, least_kv + spare)))
     spare -= for_kv - least_kv
     for_sweep = min(
         _sweep_cost(sizes, wishes, sweep_wanted),
-        max(least_sweep, min(budget // _WORKSPACE_SHARE, least_sweep + spare)),
+        max(least_sweep, min(budget // _WORKSPACE_SHARE + _graph_cost(sizes, wishes), least_sweep + spare)),
     )
     floor_pages, wanted_pages = kv_floor // PAGE_TOKENS, kv_wanted // PAGE_TOKENS
-    pages = _largest(floor_pages, wanted_pages, lambda count: _kv_cost(sizes, count * PAGE_TOKENS) <= for_kv)
+    pages = _largest(floor_pages, wanted_pages, lambda count: _kv_cost(sizes, wishes, count * PAGE_TOKENS) <= for_kv)
     kv_tokens = pages * PAGE_TOKENS
     sweep_tokens = _largest(sweep_floor, sweep_wanted, lambda count: _sweep_cost(sizes, wishes, count) <= for_sweep)
-    workspace = (
-        _sweep_cost(sizes, wishes, sweep_tokens) + gather_bytes(sizes, kv_tokens) + _kv_rounding(sizes, kv_tokens)
-    )
-    return Reserve(for_kv + for_sweep, kv_tokens, kv_tokens * sizes.kv_bytes_per_token, sweep_tokens, workspace)
+    kv_bytes = kv_tokens * sizes.kv_bytes_per_token
+    workspace = _sweep_cost(sizes, wishes, sweep_tokens) + _kv_cost(sizes, wishes, kv_tokens) - kv_bytes
+    return Reserve(for_kv + for_sweep, kv_tokens, kv_bytes, sweep_tokens, workspace)
 
 
 def most_kv_tokens(sizes: ModelSizes, wishes: Wishes, room: int) -> int:
@@ -119,20 +122,28 @@ def _pages(tokens: int) -> int:
     return max(1, -(-tokens // PAGE_TOKENS)) * PAGE_TOKENS
 
 
-def _kv_cost(sizes: ModelSizes, tokens: int) -> int:
-    return tokens * sizes.kv_bytes_per_token + _kv_rounding(sizes, tokens) + gather_bytes(sizes, tokens)
+def _kv_cost(sizes: ModelSizes, wishes: Wishes, tokens: int) -> int:
+    gathered = gather_bytes(sizes, wishes.max_sequences, tokens)
+    return tokens * sizes.kv_bytes_per_token + gathered + (_kv_rounding(sizes, tokens) if wishes.on_card else 0)
 
 
 def _kv_rounding(sizes: ModelSizes, tokens: int) -> int:
-    """What the allocator adds to the two pools of each layer."""
+    """What the allocator of a GPU adds to the two pools of each layer."""
     pools = 2 * len(sizes.layers)
-    each = -(-tokens * sizes.kv_bytes_per_token // pools)
-    return pools * (device_bytes(each) - each) if each >= _LARGE_BYTES else 0
+    each = device_bytes(-(-tokens * sizes.kv_bytes_per_token // pools))
+    segment = _SEGMENT_BYTES if each <= _MEDIUM_BYTES else _SHARED_BYTES
+    taken = pools * each if each >= _LARGE_BYTES else -(-pools // (segment // each)) * segment
+    return max(0, taken - tokens * sizes.kv_bytes_per_token)
 
 
 def _sweep_cost(sizes: ModelSizes, wishes: Wishes, tokens: int) -> int:
     """As if the whole cache that is wished for could be had, so that it does not depend on the budget."""
-    return sweep_bytes(sizes, tokens, wishes.max_sequences, _kv_wanted(sizes, wishes))
+    cache = _kv_wanted(sizes, wishes)
+    return sweep_bytes(sizes, tokens, wishes.max_sequences, cache) + _graph_cost(sizes, wishes)
+
+
+def _graph_cost(sizes: ModelSizes, wishes: Wishes) -> int:
+    return graph_bytes(sizes, wishes.max_sequences, _kv_wanted(sizes, wishes)) if wishes.on_card else 0
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:

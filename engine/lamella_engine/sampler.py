@@ -39,11 +39,12 @@ class Choice:
 
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
     """One `Choice` per row of `logits` (float32 [len(draws), vocabulary]); a row that is not finite gets an error."""
-    broken = (~torch.isfinite(logits.amax(-1)) | torch.isnan(logits).any(-1)).tolist()
-    adjusted = logits
+    best = logits.max(-1)  # of a row with a NaN in it that is NaN: one pass over the logits finds everything
+    broken = (~torch.isfinite(best.values)).tolist()
+    adjusted, tokens = logits, best.indices.tolist()
     if any(_has_penalty(draw.sampling) for draw in draws):
         adjusted = torch.stack([_penalise(row, draw) for row, draw in zip(logits, draws, strict=True)])
-    tokens = adjusted.argmax(-1).tolist()
+        tokens = adjusted.argmax(-1).tolist()
     random = [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0 and not broken[i]]
     for i in random:
         tokens[i] = _draw_token(adjusted[i], draws[i].sampling, len(draws[i].generated_ids))

@@ -6,7 +6,7 @@ stream brings. `Model.forward` of transformers is kept as it is; only the layers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
@@ -20,23 +20,29 @@ from lamella_engine.architecture import Architecture
 from lamella_engine.attention import IMPLEMENTATION, sweep_attention
 from lamella_engine.binding import LayerBinding
 from lamella_engine.errors import EngineError
+from lamella_engine.graph_recorder import Recorder
 from lamella_engine.kv_cache import KVCache
-from lamella_engine.layer_graphs import DecodeBucket, LayerGraphs
+from lamella_engine.layer_graphs import DecodeBucket, LayerGraphs, RecordError
 from lamella_engine.packing import Pack, PackedSweep, Span
 from lamella_engine.placement import Plan, Tier
 from lamella_engine.shard import ShardedModel
 from lamella_engine.timeline import Timeline
 from lamella_engine.weight_stream import BoundSlot, WeightStream
+from lamella_engine.workspace import gather_tokens
 
 
 @dataclass(frozen=True)
 class StreamedWeights:
-    """Where the weights are, the layers' places for them, what brings them, and who is told of it."""
+    """Where the weights are, the layers' places for them, what brings them, and who is told of it.
+
+    `recorder` records what decoding layers launch; None where nothing is recorded.
+    """
 
     plan: Plan
     bindings: list[LayerBinding]
     stream: WeightStream
     timeline: Timeline
+    recorder: Recorder | None = None
 
 
 class SweepModel:
@@ -77,7 +83,8 @@ class SweepModel:
         self._windows = architecture.sliding_windows(built.config, len(built.layers))
         self._bindings = weights.bindings
         self._stream = weights.stream
-        self._graphs = LayerGraphs(self.device, self._windows)
+        self._gather_tokens = gather_tokens(plan.kv_bytes, plan.kv_tokens * len(built.layers))
+        self._graphs = LayerGraphs(self.device, weights.recorder, self._gather_tokens)
         self._bucket: DecodeBucket | None = None
         self._resources = resources
         self._layers_run = 0
@@ -86,9 +93,10 @@ class SweepModel:
             layer.forward = self._streamed(index, layer.forward)
 
     def pack(self, spans: list[Span]) -> Pack:
-        """Pack the spans of the next sweep, which `run` then takes."""
-        self._bucket = self._graphs.bucket(spans)
-        return PackedSweep(spans, self.device) if self._bucket is None else self._bucket.pack
+        """Pack the spans of the next sweep, which `run` then takes; always with the same cache, as graphs know it."""
+        with torch.inference_mode():
+            self._bucket = self._graphs.bucket(spans)
+            return PackedSweep(spans, self.device, self._gather_tokens) if self._bucket is None else self._bucket.pack
 
     def run(self, pack: Pack, cache: KVCache) -> torch.Tensor:
         """Run one sweep, from the first layer whatever became of the one before.
@@ -149,7 +157,12 @@ class SweepModel:
         return run_layer
 
     def _replayed(
-        self, index: int, slot: BoundSlot, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        index: int,
+        slot: BoundSlot,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, object],
     ) -> Any:
         def body(*args: Any, **kwargs: Any) -> Any:
             self._bindings[index].bind(slot)
@@ -158,7 +171,7 @@ class SweepModel:
         assert self._bucket is not None, "only called within a bucket"
         try:
             return self._bucket.run((index, slot.key), body, args, kwargs)
-        except (RuntimeError, TypeError, AssertionError) as error:
+        except RecordError as error:
             self._graphs.disable(error)
             self._bucket = None
             return body(*args, **kwargs)

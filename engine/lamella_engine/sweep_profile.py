@@ -22,6 +22,9 @@ _PLAIN_WIDTH = 120  # columns where nobody says how wide the output may be
 class SweepProfile:
     """One sweep on average.
 
+    A GPU tells the seconds of its copies and layers when the next sweep begins, so those of the last sweep count for
+    what comes after it: of a few sweeps they are only nearly right.
+
     Attributes:
         sweeps: how many it is the average of.
         disk_bytes, ram_bytes, vram_bytes: weight bytes used from each tier.

@@ -14,6 +14,8 @@ import torch
 
 from lamella_engine.timeline import Lane, Timeline
 
+CLOCK_S = 60.0  # events count in float32 milliseconds: their clock starts anew before that gets coarse
+
 
 class DeviceSlot:
     """A buffer on the device that pieces take turns in; `key` tells it from the others."""
@@ -60,7 +62,7 @@ class Transfer(Protocol):
         """The layer of the piece has been given to the device."""
 
     def end_sweep(self, timeline: Timeline) -> None:
-        """Tell the times of the last whole sweep, whose results the caller has seen."""
+        """Tell the times of the last whole sweep, once it has ended; the next has not begun to compute."""
 
     def restart(self) -> None:
         """Wait for everything under way, and begin again at piece 0."""
@@ -95,7 +97,10 @@ class CudaTransfer:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """See `Transfer`."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        # It may have been another tensor's, whose last kernel is still to run.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return memory
 
     def attach_thread(self) -> None:
         """See `Transfer`."""
@@ -142,11 +147,16 @@ class CudaTransfer:
 
     def end_sweep(self, timeline: Timeline) -> None:
         """See `Transfer`."""
-        for number, events in enumerate(self._events[(self._sweep - 1) % 2]):
+        last = self._events[(self._sweep - 1) % 2]
+        # A sweep that only read prompts gave its caller nothing to wait for, and events under way tell no times.
+        last[-1].compute_end.synchronize()
+        for number, events in enumerate(last):
             name = self._names[number]
             if self._is_copied[number]:
                 self._tell(timeline, Lane.COPY, name, events.copy_begin, events.copy_end)
             self._tell(timeline, Lane.COMPUTE, name, events.compute_begin, events.compute_end)
+        if time.perf_counter() - self._origin_s > CLOCK_S:
+            self._restart_clock()
 
     def restart(self) -> None:
         """See `Transfer`."""

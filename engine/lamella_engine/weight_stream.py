@@ -110,6 +110,7 @@ class HostStream:
         """See `WeightStream`."""
         if self._reader is not None:
             self._reader.close()
+        self._resident.clear()
 
 
 class DeviceStream:
@@ -147,6 +148,7 @@ class DeviceStream:
         self._thread: threading.Thread | None = None
         self._held: DeviceSlot | None = None
         self._has_swept = False
+        self._is_closed = False
         self._start()
 
     def acquire(self, number: int) -> BoundSlot:
@@ -186,10 +188,15 @@ class DeviceStream:
 
     def close(self) -> None:
         """See `WeightStream`."""
+        if self._is_closed:
+            return
         self._halt()
+        self._is_closed = True
         self._transfer.close()
         if self._reader is not None:
             self._reader.close()
+        self._resident.clear()  # device memory goes back even while somebody holds the stream
+        self._slots = ()
 
     def _start(self) -> None:
         self._stop.clear()

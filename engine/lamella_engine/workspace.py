@@ -1,6 +1,7 @@
 """How much memory a sweep needs beside weights, keys and values: activations, logits, gathered keys and values.
 
-Pure arithmetic, with the reason for each term. `planner` reserves it, attention keeps within the two bounds below.
+Pure arithmetic, with the reason for each term. `reserve` sets it aside; `packing`, `attention` and `layer_graphs` keep
+within the bounds below.
 """
 
 from __future__ import annotations
@@ -12,22 +13,35 @@ FLOAT32_BYTES = 4
 
 # What matrix libraries and the driver's allocator keep of a process (cuBLAS: up to 32 MiB; oneDNN: its packed blocks).
 LIBRARY_BYTES = 40 * MIB
-# Decoding sequences are gathered in groups whose keys and values fit in this; one sequence is always a group.
+# Decoding sequences are gathered in groups whose keys and values fit in half of this, as attention may copy them where
+# it cannot read them as they lie; one sequence is always a group.
 GATHER_BYTES = 64 * MIB
+MAX_GATHER_TOKENS = 32768  # of a group, however narrow keys and values are
+MAX_PADDING = 2  # a group may be padded to so many times its shortest sequence
+FREE_TOKENS = 256  # below this length padding costs nothing worth a second group
+# Graphs take their own memory beside what launches take: the stream they are recorded on has a workspace of the matrix
+# library, and each bucket of shapes has inputs that stay.
+GRAPH_LIBRARY_BYTES = 32 * MIB
+MAX_BUCKETS = 12
+BUCKET_STEP = 8  # sequences up to which buckets double
 # A prompt chunk's scores, masks and repeated keys; longer ones are taken in pieces that fit.
 ATTENTION_SCRATCH_BYTES = 64 * MIB
 
-# Rows of width `hidden_size` that live at once: the residual, what is added to it, the normalised input, and a copy
-# where a norm's result is cast.
-_HIDDEN_ROWS = 4
+# Rows of width `hidden_size` that live at once: the gathered rows of the embedding, the residual, what is added to it,
+# the normalised input, and a copy where a norm's result is cast.
+_HIDDEN_ROWS = 5
 # A norm is computed in float32, with the row and its square alive.
 _FLOAT32_HIDDEN_ROWS = 2
 # Query, key and value, each also rotated, and the attention's result; keys and values are no wider than the query.
 _ATTENTION_ROWS = 7
 # Gate, up, the activated gate and their product.
 _INTERMEDIATE_ROWS = 4
-# Logits as the head gives them, as float32, and sorted or penalised by the sampler.
-_LOGIT_COPIES = 3
+# Logits as the head gives them, as float32, those rows that get a token, and penalised or sorted by the sampler.
+_LOGIT_COPIES = 4
+# Where a prompt's chunk may look, one byte a token and position: for layers with and without a window.
+_MASKS = 2
+# What a bucket keeps for each token of its groups: where it lies (eight bytes), and masks.
+_BUCKET_BYTES_A_TOKEN = 8 + _MASKS
 _NARROWEST_HEAD = 32  # numbers a head has at least, which bounds the heads that `attention_width` is made of
 
 
@@ -37,34 +51,70 @@ def workspace_bytes(sizes: ModelSizes, sweep_tokens: int, max_sequences: int, kv
     The sum of parts that are not all alive at once: an allocator that caches blocks keeps those of attention while the
     next part asks for others.
     """
-    return sweep_bytes(sizes, sweep_tokens, max_sequences, kv_tokens) + gather_bytes(sizes, kv_tokens)
+    return sweep_bytes(sizes, sweep_tokens, max_sequences, kv_tokens) + gather_bytes(sizes, max_sequences, kv_tokens)
 
 
 def sweep_bytes(sizes: ModelSizes, sweep_tokens: int, max_sequences: int, kv_tokens: int) -> int:
     """The part that grows with the tokens of a sweep and the sequences in it, and what the libraries keep."""
+    logits = max_sequences * sizes.vocabulary * FLOAT32_BYTES * _LOGIT_COPIES
+    masks = _MASKS * sweep_tokens * _longest(sizes, kv_tokens)
+    return (
+        LIBRARY_BYTES
+        + sweep_tokens * _token_bytes(sizes)
+        + logits
+        + masks
+        + _scratch_bytes(sizes, sweep_tokens, kv_tokens)
+    )
+
+
+def gather_bytes(sizes: ModelSizes, max_sequences: int, kv_tokens: int) -> int:
+    """Keys and values of one layer brought together for decoding, twice: attention may copy them.
+
+    Within `GATHER_BYTES`, unless the longest sequence alone needs more.
+    """
+    a_token = -(-sizes.kv_bytes_per_token // len(sizes.layers))
+    padded = max(MAX_PADDING * kv_tokens, max_sequences * min(MAX_PADDING * FREE_TOKENS, kv_tokens))
+    return min(2 * padded * a_token, max(GATHER_BYTES, 2 * _longest(sizes, kv_tokens) * a_token))
+
+
+def gather_tokens(kv_bytes: int, kv_tokens: int) -> int:
+    """Tokens that a group of decoding sequences may have, where one layer's cache of `kv_tokens` takes `kv_bytes`."""
+    return max(1, min(MAX_GATHER_TOKENS, GATHER_BYTES // 2 * kv_tokens // max(1, kv_bytes)))
+
+
+def graph_bytes(sizes: ModelSizes, max_sequences: int, kv_tokens: int) -> int:
+    """What graphs of decoding layers take for good: what launching the largest one takes, and every bucket's inputs."""
+    rows = bucket_size(max_sequences)
+    group = gather_tokens(sizes.kv_bytes_per_token * kv_tokens, kv_tokens * len(sizes.layers))
+    inputs = rows * 2 * sizes.hidden_size * sizes.itemsize + group * _BUCKET_BYTES_A_TOKEN
+    gathered = min(GATHER_BYTES * 3 // 4, gather_bytes(sizes, rows, kv_tokens))  # keys, values, a copy of one of them
+    return GRAPH_LIBRARY_BYTES + rows * _token_bytes(sizes) + gathered + MAX_BUCKETS * inputs
+
+
+def bucket_size(value: int, step: int = BUCKET_STEP) -> int:
+    """The next power of two up to `step`, above it the next quarter of a power of two."""
+    if value <= step:
+        return 1 << (value - 1).bit_length()
+    unit = (1 << ((value - 1).bit_length() - 1)) // 4
+    return -(-value // unit) * unit
+
+
+def _token_bytes(sizes: ModelSizes) -> int:
+    """Activations of one token."""
     widths = (
         _HIDDEN_ROWS * sizes.hidden_size
         + _ATTENTION_ROWS * sizes.attention_width
         + _INTERMEDIATE_ROWS * sizes.intermediate_size
     )
-    a_token = widths * sizes.itemsize + _FLOAT32_HIDDEN_ROWS * sizes.hidden_size * FLOAT32_BYTES
-    logits = max_sequences * sizes.vocabulary * FLOAT32_BYTES * _LOGIT_COPIES
-    return LIBRARY_BYTES + sweep_tokens * a_token + logits + _scratch_bytes(sizes, sweep_tokens, kv_tokens)
+    return widths * sizes.itemsize + _FLOAT32_HIDDEN_ROWS * sizes.hidden_size * FLOAT32_BYTES
 
 
-def gather_bytes(sizes: ModelSizes, kv_tokens: int) -> int:
-    """Keys and values of one layer brought together for decoding: twice, as the next layer's block may differ.
-
-    Within `GATHER_BYTES`, unless the longest sequence alone needs more; never more than twice the whole cache of a
-    layer.
-    """
-    a_token = -(-sizes.kv_bytes_per_token // len(sizes.layers))
-    longest = min(kv_tokens, sizes.context_length)
-    return min(2 * kv_tokens * a_token, max(GATHER_BYTES, 2 * longest * a_token))
+def _longest(sizes: ModelSizes, kv_tokens: int) -> int:
+    return min(kv_tokens, sizes.context_length)
 
 
 def _scratch_bytes(sizes: ModelSizes, sweep_tokens: int, kv_tokens: int) -> int:
-    longest = min(kv_tokens, sizes.context_length)
+    longest = _longest(sizes, kv_tokens)
     repeated = 2 * longest * sizes.attention_width * sizes.itemsize
     heads = -(-sizes.attention_width // _NARROWEST_HEAD)
     scores = 2 * heads * sweep_tokens * longest * FLOAT32_BYTES

@@ -64,11 +64,47 @@ def test_the_same_seed_generates_the_same_tokens(model: AutoModel) -> None:
 
 @pytest.mark.parametrize(
     "argument",
-    [{"compression": "4bit"}, {"prefetching": False}, {"delete_original": True}, {"profiling_mode": True}],
+    [{"compression": "4bit"}, {"prefetching": False}, {"delete_original": True}],
 )
 def test_what_is_not_supported_yet_is_refused(argument: dict[str, object], tiny_llama_dir: Path) -> None:
     with pytest.raises(OptionError, match="not supported yet"):
         AutoModel.from_pretrained(tiny_llama_dir, **argument)  # type: ignore[arg-type]
+
+
+def test_profiling_tells_after_each_call_where_its_time_went(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = torch.tensor([[30, 31, 32], [40, 41, 42]])
+
+    with AutoModel.from_pretrained(
+        tiny_llama_dir, layer_shards_saving_path=tmp_path, device="cpu", profiling_mode=True
+    ) as model:
+        plain = AutoModel(model.engine).generate(ids, max_new_tokens=3)
+        silence = capsys.readouterr().out
+        first = model.generate(ids, max_new_tokens=3)
+        told = capsys.readouterr().out
+        model.generate(ids[:1], max_new_tokens=1)
+        told_again = capsys.readouterr().out
+
+    assert silence == ""
+    assert isinstance(plain, torch.Tensor)
+    assert isinstance(first, torch.Tensor)
+    assert first.tolist() == plain.tolist()
+    assert "generate: 6 tokens in " in told
+    assert "tokens/s" in told
+    for column in ("from disk", "from RAM", "from VRAM", "read s", "copy s", "compute s", "bubble s"):
+        assert column in told
+    sequences, sweeps, from_disk, from_ram = _cells(told)[:4]
+    assert (sequences, sweeps, from_disk) == ("2", "3", "-")
+    assert from_ram.endswith("KiB")
+    assert "generate: 1 tokens in " in told_again
+    assert _cells(told_again)[:2] == ["1", "1"]
+
+
+def _cells(table: str) -> list[str]:
+    """The cells of the only row."""
+    (row,) = (line for line in table.splitlines() if line.startswith("│"))
+    return [cell.strip() for cell in row.strip("│").split("│")]
 
 
 def test_unknown_arguments_are_errors(model: AutoModel, tiny_llama_dir: Path) -> None:
