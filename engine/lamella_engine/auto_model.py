@@ -61,6 +61,8 @@ class AutoModel:
         profiling_mode: bool = False,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
+        vram: int | str = "auto",
+        ram: int | str = "auto",
     ) -> AutoModel:
         """Open a checkpoint directory, a ``.gguf`` file, a model of the store or a hub id.
 
@@ -75,6 +77,7 @@ class AutoModel:
                 reading, copying, computing and waiting, a sweep, and tokens a second.
             device: ``cpu``, ``cuda:0``, ...; None means the first GPU, else the CPU.
             dtype: compute type, such as ``"bfloat16"`` or ``torch.bfloat16``; None means the stored type.
+            vram, ram: budgets, as in `EngineOptions`: bytes, ``"4GiB"``, ``"80%"`` or ``"auto"``.
 
         Raises:
             OptionError: an argument that is not supported yet.
@@ -93,6 +96,8 @@ class AutoModel:
             device=device or "auto",
             dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
             hub_token=hf_token,
+            vram=vram,
+            ram=ram,
         )
         sharded = ShardStore(root).ensure(path_or_id, hub_token=hf_token)
         engine = Engine.open_sharded(sharded, resolve_device(options.device), options)

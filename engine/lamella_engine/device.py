@@ -52,12 +52,18 @@ def release_library_memory() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 
 
-def total_memory_bytes(device: torch.device) -> int:
-    """Bytes of memory that `device` has for this process at most: the GPU's, or the host's."""
+def total_memory_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes of memory that `device` has for this process at most: the GPU's, or the host's within its memory limits.
+
+    Args:
+        device: a GPU, or the CPU for the host.
+        root: directory that ``/proc`` and the control groups are looked up under.
+    """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return int(total * torch.cuda.memory.get_per_process_memory_fraction(device))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [limit for group in _memory_groups(root) if (limit := _limit_of(group)) is not None]
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits])
 
 
 def available_host_bytes(root: Path = Path("/")) -> int:
@@ -150,15 +156,25 @@ def _up_to(mount: Path, inside: str) -> Iterator[Path]:
 
 def _room_in(group: _MemoryGroup) -> int | None:
     """Bytes that a control group leaves, or None if it sets no limit."""
-    limits = [limit for name in group.limits if (limit := _number(group.directory / name)) is not None]
-    usage = _number(group.directory / group.usage)
-    if not limits or usage is None:
+    limit, usage = _limit_of(group), _number(group.directory / group.usage)
+    if limit is None or usage is None:
         return None
-    fields = dict(line.split(maxsplit=1) for line in _lines(group.directory / "memory.stat") if " " in line)
+    fields = _statistics(group)
     gives_way = sum(int(fields.get(name, 0)) for name in group.reclaimable)
+    return max(0, limit - max(0, usage - gives_way))
+
+
+def _limit_of(group: _MemoryGroup) -> int | None:
+    """Bytes that the processes of a control group may have, or None if it sets no limit."""
+    limits = [limit for name in group.limits if (limit := _number(group.directory / name)) is not None]
+    if not limits:
+        return None
     # A limit further out, beyond what this process can see, shows only here (version 1).
-    limits.append(int(fields.get("hierarchical_memory_limit", limits[0])))
-    return max(0, min(limits) - max(0, usage - gives_way))
+    return min([*limits, int(_statistics(group).get("hierarchical_memory_limit", limits[0]))])
+
+
+def _statistics(group: _MemoryGroup) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) for line in _lines(group.directory / "memory.stat") if " " in line)
 
 
 def _number(path: Path) -> int | None:

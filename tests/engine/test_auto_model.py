@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lamella_engine import AutoModel, GenerateOutput, SequenceError
 from lamella_engine.errors import ModelNotFound, OptionError
+from lamella_engine.placement import Tier
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,11 @@ def test_a_prompt_that_is_too_long_is_refused_and_the_next_one_runs(model: AutoM
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nowhere"):
         AutoModel.from_pretrained(tmp_path / "nowhere", layer_shards_saving_path=tmp_path)
+
+
+def test_budgets_are_those_of_the_engine(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    with AutoModel.from_pretrained(tiny_llama_dir, layer_shards_saving_path=tmp_path, device="cpu", ram=0) as model:
+        assert {place.tier for place in model.engine.plan.layers} == {Tier.DISK}
+
+    with pytest.raises(OptionError, match="ram is 'much'"):
+        AutoModel.from_pretrained(tiny_llama_dir, layer_shards_saving_path=tmp_path, device="cpu", ram="much")

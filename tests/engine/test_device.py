@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamella_engine.device import available_host_bytes, free_memory_bytes
+from lamella_engine.device import available_host_bytes, free_memory_bytes, total_memory_bytes
 
 GIB = 1 << 30
 V2_MOUNT = "35 24 0:30 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
@@ -147,3 +147,10 @@ def test_a_system_without_proc_gets_half_of_its_memory(tmp_path: Path) -> None:
 
 def test_the_cpu_has_the_hosts_memory() -> None:
     assert 0 < free_memory_bytes(torch.device("cpu")) <= 1 << 50
+
+
+def test_a_share_of_the_memory_is_one_of_the_control_groups_limit(host: Host) -> None:
+    host.in_v2_group("/job")
+    host.v2("job", limit=str(1 * GIB), used=0)
+
+    assert total_memory_bytes(torch.device("cpu"), host.root) == 1 * GIB

@@ -291,6 +291,7 @@ def test_closing_while_a_piece_loads_lets_go_of_it(tier: RamTier, directory: Pat
 
 @linux_only
 def test_no_descriptor_is_left_open(directory: Path) -> None:
+    gc.collect()  # what earlier tests dropped would close meanwhile
     before = len(os.listdir("/proc/self/fd"))
 
     with RamTier(directory, pinned=False) as tier:
@@ -300,7 +301,7 @@ def test_no_descriptor_is_left_open(directory: Path) -> None:
     gc.collect()
 
     assert during - before == 40
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @linux_only
