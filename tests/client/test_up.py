@@ -90,7 +90,7 @@ class Up:
 
 
 def test_up_serves_restarts_its_worker_and_stops_cleanly(environment: dict[str, str]) -> None:
-    up = Up(environment, "--slots", "2")
+    up = Up(environment, "--slots", "2", "--ram", "50%")
     try:
         up.wait_until_said("ready   1 of 1")
         with Client(up.url, heal_s=READY_S) as client:

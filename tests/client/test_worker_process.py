@@ -35,13 +35,13 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_names_what_was_given_and_hides_the_url() -> None:
-    spec = WorkerSpec("redis://:geheim@h/0", "owner/name", "cuda:1", "/store", 4)
+    spec = WorkerSpec("redis://:geheim@h/0", "owner/name", "cuda:1", "/store", 4, "4GiB", "80%")
 
     command = spec.command()
 
     assert command[1:] == [
         *("-m", "lamella_worker", "--model", "owner/name", "--device", "cuda:1"),
-        *("--store", "/store", "--slots", "4"),
+        *("--store", "/store", "--slots", "4", "--vram", "4GiB", "--ram", "80%"),
     ]
     assert "geheim" not in " ".join(command)
 

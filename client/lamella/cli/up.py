@@ -33,12 +33,14 @@ LOOK_S = 0.25
 DRAIN_S = 30.0  # above a worker's own drain_s (20), so that a worker ends by itself
 
 
-def up(
+def up(  # noqa: PLR0913 - a command has as many arguments as options
     model: Annotated[str, typer.Option("--model", "-m", help="The model to serve.")],
     device: Annotated[
         list[str] | None, typer.Option("--device", help="cpu, cuda:N or auto; repeatable, one worker each.")
     ] = None,
     slots: Annotated[int | None, typer.Option("--slots", min=1, help="Jobs that share a worker's sweeps.")] = None,
+    vram: Annotated[str | None, typer.Option("--vram", help="GPU memory a worker takes: 4GiB, 80%, auto.")] = None,
+    ram: Annotated[str | None, typer.Option("--ram", help="Host memory for weights, likewise.")] = None,
     store: options.Store = None,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Where the server keeps jobs between runs.")
@@ -61,7 +63,8 @@ def up(
     with _stop_on_signal() as stop, EmbeddedServer(data_dir or state_dir() / "server") as server, ExitStack() as stack:
         stack.callback(withdraw_service, announce_service(server.url))
         _say(f"server  {server.url}")
-        specs = [WorkerSpec(server.url, model, name, store_option(store), slots) for name in device or ["auto"]]
+        devices = device or ["auto"]
+        specs = [WorkerSpec(server.url, model, name, store_option(store), slots, vram, ram) for name in devices]
         workers = [WorkerProcess(spec) for spec in specs]
         stack.callback(_drain, workers)
         for worker in workers:

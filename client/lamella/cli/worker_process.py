@@ -37,14 +37,16 @@ class WorkerSpec:
     device: str = "auto"
     store: str | None = None
     slots: int | None = None
+    vram: str | None = None
+    ram: str | None = None
 
     def command(self) -> list[str]:
         """Return the worker's command line; the URL, which may hold a password, travels in the environment."""
         command = [sys.executable, "-m", "lamella_worker", "--model", self.model, "--device", self.device]
-        if self.store is not None:
-            command += ["--store", self.store]
-        if self.slots is not None:
-            command += ["--slots", str(self.slots)]
+        given = {"--store": self.store, "--slots": self.slots, "--vram": self.vram, "--ram": self.ram}
+        for option, value in given.items():
+            if value is not None:
+                command += [option, str(value)]
         return command
 
 
