@@ -101,7 +101,8 @@ def _title(results: dict[str, Any]) -> str:
     cap = results.get("options", {}).get("cap_gib")
     where = machine.get("gpu") or machine.get("cpu") or "unknown machine"
     what = f"{model.get('bytes', 0) / 1e9:.2f} GB {model.get('dtype', '')}"
-    return f"{what}, {where}" + (f", GPU memory limited to {cap:g} GiB" if cap else "") + f", {machine.get('date', '')}"
+    limit = f", GPU memory limited to {cap:g} GiB" if cap else ""
+    return f"{what}, {where}{limit}, {machine.get('date', '')[:10]}"
 
 
 def main() -> int:
