@@ -14,6 +14,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PROMPT ?= What is the capital of France?
 PYTEST_ARGS ?=
+PYTEST_PROCESSES ?= 2
 BENCH_ARGS ?= --device cpu --layers 8 --hidden 1024 --ffn 2816 --vocab 8192 --heads 16 --kv-heads 4 --dtype float32
 # Taken as written: a `$` in the question is no variable.
 export LAMELLA_DEMO_PROMPT := $(value PROMPT)
@@ -49,8 +50,14 @@ types: $(DEV_STAMP)  ## mypy --strict
 	@$(BIN)/python -m mypy
 
 pytest: $(DEV_STAMP)  ## the test suite; PYTEST_ARGS="-k wire" narrows it
-	@echo "== pytest"
+	@echo "== pytest $(PYTEST_ARGS)"
+ifeq ($(strip $(PYTEST_ARGS)),)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile -m "not timing"
+	@echo "== pytest, what is timed and therefore runs alone"
+	@$(BIN)/python -m pytest -m timing
+else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 wheel: $(DEV_STAMP)  ## build dist/*.whl and prove that it works alone
 	@echo "== wheel"

@@ -36,9 +36,11 @@ from lamella_engine.shard import ShardedModel
 from lamella_engine.timeline import Lane
 from tests.engine.engine_driver import gather
 
+pytestmark = pytest.mark.timing
+
 SWEEP_S = 0.3
 SWEEPS = 5
-TRIES = 3  # a machine that stands still for a moment has not shown what a plan takes
+TRIES = 6  # a machine that stands still for a moment has not shown what a plan takes
 SATA, NVME, NARROW = MACHINES
 DISK, RAM, MIXED = BUDGETS
 
