@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.machine import proc_field, proc_lines
+
 SECTOR_BYTES = 512  # the unit of /proc/diskstats, whatever the disk's own
 COLD_SHARE = 0.9  # of the bytes that had to be read
 WARM_SHARE = 0.05
@@ -42,7 +44,7 @@ class DiskWitness:
     def _disk_bytes(self) -> int | None:
         if self.device is None:
             return None
-        for line in _lines("/proc/diskstats"):
+        for line in proc_lines("/proc/diskstats"):
             fields = line.split()
             if (fields[0], fields[1]) == self._key:
                 return int(fields[5]) * SECTOR_BYTES
@@ -126,7 +128,7 @@ def _difference(before: int | None, after: int | None) -> int | None:
 
 
 def _device_name(major: int, minor: int) -> str | None:
-    for line in _lines("/proc/diskstats"):
+    for line in proc_lines("/proc/diskstats"):
         fields = line.split()
         if fields[:2] == [str(major), str(minor)]:
             return fields[2]
@@ -134,14 +136,5 @@ def _device_name(major: int, minor: int) -> str | None:
 
 
 def _process_bytes() -> int | None:
-    for line in _lines("/proc/self/io"):
-        if line.startswith("read_bytes:"):
-            return int(line.split()[1])
-    return None
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    value = proc_field("/proc/self/io", "read_bytes")
+    return int(value) if value is not None else None

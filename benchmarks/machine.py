@@ -18,7 +18,7 @@ def machine_facts(path: Path, device: str) -> dict[str, Any]:
     """Everything about this machine that a figure depends on; `path` lies on the disk in question."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu": proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "gpu": _gpu(device),
@@ -46,13 +46,13 @@ class Bystanders:
 
 def peak_rss_bytes() -> int | None:
     """The most memory this process has had resident so far; None where the system does not tell."""
-    value = _field("/proc/self/status", "VmHWM")
+    value = proc_field("/proc/self/status", "VmHWM")
     return int(value.split()[0]) * 1024 if value else None
 
 
 def _busy_seconds() -> float | None:
     """Seconds that all cores together have worked since the system started, for anyone, or were taken by its host."""
-    for line in _lines("/proc/stat"):
+    for line in proc_lines("/proc/stat"):
         name, *ticks = line.split()
         if name == "cpu" and len(ticks) >= 8:
             user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, ticks[:8])
@@ -93,7 +93,7 @@ def _gpu(device: str) -> str | None:
 def _mount(path: Path) -> dict[str, str | None]:
     """The file system `path` lies on, by the longest mount point that leads to it."""
     target, best = str(path.resolve()), ("", "unknown", "unknown")
-    for line in _lines("/proc/self/mounts"):
+    for line in proc_lines("/proc/self/mounts"):
         source, point, kind = line.split()[:3]
         is_above = target == point or target.startswith(point.rstrip("/") + "/")
         if is_above and len(point) >= len(best[0]):
@@ -104,15 +104,17 @@ def _mount(path: Path) -> dict[str, str | None]:
     return {"mount": best[0], "file_system": best[1], "source": best[2], "block_device": name}
 
 
-def _field(path: str, name: str) -> str | None:
-    for line in _lines(path):
+def proc_field(path: str, name: str) -> str | None:
+    """The value behind ``name:`` in a file of such lines; None if there is no such file or line."""
+    for line in proc_lines(path):
         key, _, value = line.partition(":")
         if key.strip() == name:
             return value.strip()
     return None
 
 
-def _lines(path: str) -> list[str]:
+def proc_lines(path: str) -> list[str]:
+    """The lines of a file; none where it cannot be read."""
     try:
         return Path(path).read_text().splitlines()
     except OSError:

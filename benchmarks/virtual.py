@@ -142,7 +142,7 @@ def measure(engine: Engine, count: int, sweeps: int) -> Measured:
     watch, marks, deadline = Watch(), [], time.monotonic() + DEADLINE_S
     for full_sweeps in follow(engine, watch, names, deadline):
         if full_sweeps in (WARM_UP_SWEEPS, WARM_UP_SWEEPS + sweeps):
-            marks.append(engine.stream_totals())
+            marks.append(engine.counters())
         if len(marks) == 2:
             break
     for name in names:

@@ -270,7 +270,7 @@ def _decode(
     for events in _batches(engine):
         if len(run.stamps) < wanted and sum(isinstance(event, SequenceTokens) for event in events) == count:
             run.stamps.append(time.perf_counter())
-            run.totals.append(engine.stream_totals())
+            run.totals.append(engine.counters())
             if len(run.stamps) == wanted:
                 for name in live:
                     engine.cancel(name)

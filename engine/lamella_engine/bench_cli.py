@@ -17,15 +17,13 @@ from rich.table import Table
 
 from lamella_engine.bench import BenchReport, BenchRequest, run_bench
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli import StoreOption, plain_errors
+from lamella_engine.cli import StoreOption, plain_errors, wrong_calls
 from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.device import resolve_device
-from lamella_engine.errors import OptionError, PlanError
+from lamella_engine.errors import OptionError
 from lamella_engine.options import DTYPES, EngineOptions
 from lamella_engine.shard_store import ShardStore, default_store_root
 from lamella_engine.sweep_profile import plain_console, profile_table
-
-EXIT_WRONG_CALL = 2
 
 app = typer.Typer(name="bench", pretty_exceptions_enable=False, add_completion=False)
 
@@ -51,24 +49,18 @@ def bench(  # noqa: PLR0913  a command has as many arguments as options
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the hub.")] = False,
 ) -> None:
     """Measure seconds a sweep and tokens a second here, beside the limit of this machine."""
-    with plain_errors():
-        try:
-            options = EngineOptions(
-                store=store or default_store_root(),
-                device=device,
-                dtype=dtype,
-                kv_tokens=kv_tokens,
-                vram=_device_budget(vram, device),
-                ram=ram,
-                offline=offline,
-            )
-            request = BenchRequest(_counts(sequences), tokens, prompt_tokens, options, trace)
-            report = _measure(model, request)
-        except PlanError:
-            raise
-        except OptionError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(EXIT_WRONG_CALL) from error
+    with plain_errors(), wrong_calls():
+        options = EngineOptions(
+            store=store or default_store_root(),
+            device=device,
+            dtype=dtype,
+            kv_tokens=kv_tokens,
+            vram=_device_budget(vram, device),
+            ram=ram,
+            offline=offline,
+        )
+        request = BenchRequest(_counts(sequences), tokens, prompt_tokens, options, trace)
+        report = _measure(model, request)
     if as_json:
         typer.echo(json.dumps(_as_json(report), indent=2))
     else:

@@ -18,7 +18,7 @@ import typer
 from lamella_engine import inspection
 from lamella_engine.byte_size import byte_size
 from lamella_engine.console_progress import ConsoleProgress
-from lamella_engine.errors import EngineError, ModelError
+from lamella_engine.errors import EngineError, ModelError, OptionError, PlanError
 from lamella_engine.inspection import CardFit, ModelFacts
 from lamella_engine.manifest import Manifest
 from lamella_engine.names import check_model_name
@@ -26,6 +26,7 @@ from lamella_engine.options import DTYPES
 from lamella_engine.shard_store import ShardStore, default_store_root
 
 EXIT_FAILED = 1
+EXIT_WRONG_CALL = 2
 
 app = typer.Typer(
     name="models",
@@ -154,6 +155,18 @@ def plain_errors() -> Iterator[None]:
         place = f" {error.filename}" if error.filename else ""
         typer.echo(f"error: cannot use{place}: {error.strerror or error}", err=True)
         raise typer.Exit(EXIT_FAILED) from error
+
+
+@contextmanager
+def wrong_calls() -> Iterator[None]:
+    """An option that cannot work ends as a wrong call does; a plan that does not fit is no such thing."""
+    try:
+        yield
+    except PlanError:
+        raise
+    except OptionError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_WRONG_CALL) from error
 
 
 def _store(root: Path | None) -> ShardStore:

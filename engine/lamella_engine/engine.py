@@ -39,7 +39,7 @@ from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_store import ShardStore
 from lamella_engine.sweep import SweepModel
 from lamella_engine.text import TextCodec, end_token_ids, load_codec
-from lamella_engine.timeline import Lane, StreamTotals
+from lamella_engine.timeline import Lane
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +128,6 @@ class Engine:
     def plan(self) -> Plan:
         """Where every byte of the model is."""
         return self._model.plan
-
-    def stream_totals(self) -> StreamTotals:
-        """What sweeps moved and how long it took; callable from any thread, whole sweeps behind by one."""
-        return self._model.timeline.totals()
 
     def write_trace(self, path: Path) -> None:
         """Write the timeline of recent sweeps, kept with the option ``trace``, as a Chrome trace.

@@ -16,9 +16,9 @@ import typer
 
 from lamella_engine.budget import parse_budget
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli import StoreOption, plain_errors
+from lamella_engine.cli import StoreOption, plain_errors, wrong_calls
 from lamella_engine.compute_dtype import choose_dtype
-from lamella_engine.errors import DiskFull, OptionError, PlanError
+from lamella_engine.errors import DiskFull, OptionError
 from lamella_engine.estimate import predict
 from lamella_engine.model_sizes import sizes_of_source
 from lamella_engine.model_source import ModelSource, find_model, torch_dtype
@@ -30,7 +30,6 @@ from lamella_engine.planner import PlanRequest, make_plan
 from lamella_engine.shard import DATA_ALIGNMENT
 from lamella_engine.shard_store import ShardStore, default_store_root
 
-EXIT_WRONG_CALL = 2
 SEQUENCES = (1, 8, 64)
 
 app = typer.Typer(name="plan", pretty_exceptions_enable=False, add_completion=False)
@@ -63,14 +62,8 @@ def show_plan(  # noqa: PLR0913  a command has as many arguments as options
     """Show where a model's layers would live and be computed, and how fast it would run."""
     options = TargetOptions(device, vram, ram, disk, h2d, memory, flops)
     wishes = _Wishes(max_sequences, kv_tokens, sweep_tokens, dtype, disk_space)
-    with plain_errors():
-        try:
-            report = _report(model, ShardStore(store or default_store_root()), options, wishes, offline=offline)
-        except PlanError:
-            raise
-        except OptionError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(EXIT_WRONG_CALL) from error
+    with plain_errors(), wrong_calls():
+        report = _report(model, ShardStore(store or default_store_root()), options, wishes, offline=offline)
     if as_json:
         typer.echo(json.dumps(report.as_json(), indent=2))
     else:

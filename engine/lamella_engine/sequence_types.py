@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from lamella_engine.timeline import StreamTotals
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
@@ -123,12 +125,12 @@ class SweepEvents:
     events: tuple[SequenceEvent, ...]
 
 
-@dataclass(frozen=True)
-class EngineCounters:
+@dataclass(frozen=True, kw_only=True)
+class EngineCounters(StreamTotals):
     """Totals since the engine opened; `last_sweep_at` is Unix seconds, None before the first sweep.
 
     `streamed_bytes` are those that moved to where they were computed. `preemptions` counts sequences that were sent
-    back to wait because the key-value cache ran short. The rest is `timeline.StreamTotals`, which says what each means.
+    back to wait because the key-value cache ran short. On a GPU the stream's totals are behind by one sweep.
     """
 
     running: int
@@ -139,13 +141,6 @@ class EngineCounters:
     peak_rss_bytes: int
     last_sweep_at: float | None
     preemptions: int = 0
-    disk_bytes: int = 0
-    ram_bytes: int = 0
-    vram_bytes: int = 0
-    read_s: float = 0.0
-    copy_s: float = 0.0
-    compute_s: float = 0.0
-    sweep_s: float = 0.0
 
 
 @dataclass(frozen=True)

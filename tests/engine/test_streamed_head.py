@@ -140,9 +140,9 @@ def test_the_bytes_of_a_streamed_head_and_of_embedding_rows_are_counted(
     head, row = 128 * 64 * 4, 64 * 4
 
     with open_streaming(sharded, "v", (tier, 3), tier) as engine:
-        before = engine.stream_totals()
+        before = engine.counters()
         tokens = generate(engine, [5, 9, 5], Sampling(max_tokens=4, ignore_eos=True)).token_ids
-        after = engine.stream_totals()
+        after = engine.counters()
 
     rows = 2 + len(tokens[:-1])  # of the prompt two different ones
     moved = {"disk": after.disk_bytes - before.disk_bytes, "ram": after.ram_bytes - before.ram_bytes}

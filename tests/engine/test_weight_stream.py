@@ -96,9 +96,9 @@ def test_a_sweep_moves_exactly_the_bytes_of_its_tiers(sharded: ShardedModel) -> 
     layer = sharded.layers[0].nbytes
 
     with open_on(SATA, sharded, "vrd") as engine:
-        before = engine.stream_totals()
+        before = engine.counters()
         generate(engine, [5, 9, 13], Sampling(max_tokens=5, ignore_eos=True))
-        after = engine.stream_totals()
+        after = engine.counters()
 
     sweeps = 5
     embedding_rows = (3 + 4) * 256 * 4

@@ -85,7 +85,10 @@ class ScriptedEngine:
     def counters(self) -> EngineCounters:
         with self._lock:
             running = len(self._sequences)
-        return EngineCounters(running, 0, self._sweeps, self._tokens, 0, 1, self._last_sweep_at)
+        return EngineCounters(
+            running=running, waiting=0, sweeps=self._sweeps, tokens=self._tokens, streamed_bytes=0, peak_rss_bytes=1,
+            last_sweep_at=self._last_sweep_at,
+        )  # fmt: skip
 
     def hold(self) -> None:
         self._free.clear()

@@ -21,7 +21,9 @@ FACTS = EngineFacts("served", "llama", "float32", "cpu", 4, 512, 1000, 8)
 
 
 def counters(last_sweep_at: float | None) -> EngineCounters:
-    return EngineCounters(0, 0, 7, 70, 700, 9000, last_sweep_at)
+    return EngineCounters(
+        running=0, waiting=0, sweeps=7, tokens=70, streamed_bytes=700, peak_rss_bytes=9000, last_sweep_at=last_sweep_at
+    )
 
 
 def facts(table: JobTable, last_sweep_at: float | None = None) -> WorkerFacts:
