@@ -106,6 +106,16 @@ def sliding_windows(config: PretrainedConfig, num_layers: int) -> tuple[int | No
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def table_names(built: Architecture) -> tuple[str | None, str | None]:
+    """Names of the embedding table's and the head's weight in the module tree; None where there is no such module."""
+    paths = {id(module): path for path, module in built.model.named_modules()}
+
+    def weight_of(module: nn.Module | None) -> str | None:
+        return None if id(module) not in paths else f"{paths[id(module)]}.weight"
+
+    return weight_of(built.model.get_input_embeddings()), weight_of(built.model.get_output_embeddings())
+
+
 def _check_packable(model: PreTrainedModel) -> None:
     family = model.config.model_type
     if getattr(model, "_is_stateful", False):

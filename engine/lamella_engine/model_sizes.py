@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from lamella_engine import architecture
@@ -83,13 +82,7 @@ def _sizes(
 def _tables(tree: Architecture, root: ShardContents) -> tuple[TensorShape | None, TensorShape | None]:
     """The embedding table and the head's own weight among the tensors of the root; None for what is not stored."""
     by_name = {tensor.name: tensor for tensor in root.tensors}
-    paths = {id(module): path for path, module in tree.model.named_modules()}
-
-    def weight_of(module: nn.Module | None) -> TensorShape | None:
-        return None if module is None else by_name.get(f"{paths.get(id(module))}.weight")
-
-    embedding = weight_of(tree.model.get_input_embeddings())
-    head = weight_of(tree.model.get_output_embeddings())
+    embedding, head = (by_name.get(name or "") for name in architecture.table_names(tree))
     # Some families store a tied table under the head's name.
     return (head, None) if embedding is None else (embedding, head)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lamella_engine.architecture import Architecture
+from lamella_engine.architecture import Architecture, table_names
 from lamella_engine.binding import TORCH_DTYPES
 from lamella_engine.embedding_rows import EmbeddingRows, map_piece
 from lamella_engine.loader import Loader
@@ -28,25 +28,13 @@ class RootTables:
     embedding: TensorSpec | None
     head: TensorSpec | None
 
-    @property
-    def is_tied(self) -> bool:
-        """The head multiplies with the embedding table."""
-        return self.head is not None and self.head is self.embedding
-
 
 def find_tables(built: Architecture, tensors: tuple[TensorSpec, ...]) -> RootTables:
     """Which of the root shard's `tensors` are the embedding table and the head's weight."""
     by_name = {spec.name: spec for spec in tensors}
-    names = {id(module): name for name, module in built.model.named_modules()}
-
-    def weight_of(module: nn.Module | None) -> TensorSpec | None:
-        return None if module is None else by_name.get(f"{names.get(id(module))}.weight")
-
-    embedding, head = built.model.get_input_embeddings(), built.model.get_output_embeddings()
-    table = weight_of(embedding)
-    if head is None:
-        return RootTables(table, None)
-    return RootTables(table, weight_of(head) or table)
+    embedding, head = table_names(built)
+    table = by_name.get(embedding or "")
+    return RootTables(table, None if head is None else by_name.get(head) or table)
 
 
 def materialise_root(
