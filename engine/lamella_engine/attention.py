@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from lamella_engine.errors import EngineError
 from lamella_engine.kv_cache import KVCache
@@ -169,9 +169,5 @@ def _softmax_attention(
     return weights @ values
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Masks come from the pack; transformers need not build any."""
-
-
+# With no function for masks under this name, transformers build none; they come from the pack.
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

@@ -332,7 +332,8 @@ class Engine:
         if not rows:
             return
         drawing = [sequence for ride in rides if ride.completes for sequence in self._scheduler.fork(ride.sequence)]
-        choices = sample(logits[rows], [sequence.draw() for sequence in drawing])
+        wanted = logits if rows == list(range(len(logits))) else logits[rows]
+        choices = sample(wanted, [sequence.draw() for sequence in drawing])
         for sequence, choice in zip(drawing, choices, strict=True):
             if choice.error is not None:
                 events += self._end(sequence, FinishReason.ERROR, choice.error.code, str(choice.error))

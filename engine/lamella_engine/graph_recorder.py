@@ -82,4 +82,5 @@ class CudaRecorder:
             self._failed.append(graph)
             with contextlib.suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
+            self.forget()  # the allocators of some versions refuse to record to that pool again
             raise

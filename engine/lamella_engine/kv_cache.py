@@ -27,24 +27,23 @@ class PageCopy(NamedTuple):
 class PageTable:
     """The pages of one sequence in order, changed by `KVCache` only: token `i` is in ``pages[i // PAGE_TOKENS]``."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.pages: list[int] = []
-        self._device = device
-        self._slots = torch.empty(0, dtype=torch.int64, device=device)
-        self._written = 0  # pages whose slots are on the device
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self._written = 0  # pages whose slots are written
 
     @property
     def slots(self) -> torch.Tensor:
-        """Slots of all its tokens, int64 [pages * PAGE_TOKENS] on the device; good until the table changes."""
+        """Slots of all its tokens, int64 [pages * PAGE_TOKENS] on the host; good until the table changes."""
         total = len(self.pages) * PAGE_TOKENS
         done = self._written * PAGE_TOKENS
         if done < total:
             if total > len(self._slots):
-                wider = torch.empty(max(total, 2 * len(self._slots)), dtype=torch.int64, device=self._device)
+                wider = torch.empty(max(total, 2 * len(self._slots)), dtype=torch.int64)
                 wider[:done] = self._slots[:done]
                 self._slots = wider
             new = torch.tensor(self.pages[self._written :], dtype=torch.int64)
-            self._slots[done:total].copy_((new[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).reshape(-1))
+            self._slots[done:total] = (new[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).reshape(-1)
             self._written = len(self.pages)
         return self._slots[:total]
 
@@ -87,7 +86,7 @@ class KVCache:
 
     def open_table(self, tokens: int) -> PageTable | None:
         """A table with pages for `tokens` positions; None, and nothing taken, if the pool is short."""
-        table = PageTable(self._device)
+        table = PageTable()
         return None if self.grow(table, 0, tokens) is None else table
 
     def grow(self, table: PageTable, start: int, end: int) -> list[PageCopy] | None:
@@ -114,7 +113,7 @@ class KVCache:
 
     def share(self, table: PageTable, computed: int) -> PageTable:
         """Another table that holds the pages of the first `computed` positions, for one that goes on from there."""
-        twin = PageTable(self._device)
+        twin = PageTable()
         twin.pages = table.pages[: pages_for(computed)]
         for page in twin.pages:
             self._holders[page] += 1

@@ -2,7 +2,8 @@
 
 A span is some consecutive tokens of one sequence: one when it decodes, a chunk of its prompt when it is being read.
 Spans of one token come first, shortest sequence first, so that attention can serve them in a few padded batches. All
-index tensors are made here, once per sweep; layers only read them.
+index tensors are made here, once per sweep, on the host, and reach the device in a few copies: small operations there
+cost more than what they compute. Layers only read them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from lamella_engine.workspace import FREE_TOKENS, MAX_GATHER_TOKENS, MAX_PADDING
 
@@ -23,7 +23,7 @@ class Span:
     Attributes:
         token_ids: the tokens, at positions `start`, `start` + 1, ...
         start: position of the first one in its sequence.
-        slots: key-value slots of the whole sequence, int64 on the device; at least ``start + len(token_ids)`` long.
+        slots: key-value slots of the whole sequence, int64 on the host; at least ``start + len(token_ids)`` long.
     """
 
     token_ids: tuple[int, ...]
@@ -77,7 +77,7 @@ class ChunkedSpan:
     def __init__(self, span: Span, row: int, device: torch.device) -> None:
         self.row = row
         self.count = len(span.token_ids)
-        self.slots = span.slots[: span.end]
+        self.slots = span.slots[: span.end].to(device)
         self._start = span.start
         self._end = span.end
         self._device = device
@@ -107,7 +107,7 @@ class PaddedGroup:
         self.first = first
         self.count = len(spans)
         self._ends = torch.tensor([span.end for span in spans], device=device)
-        self.slots = padded_slots(spans, self._ends)
+        self.slots = padded_slots(spans, max(span.end for span in spans)).to(device)
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def mask(self, window: int | None) -> torch.Tensor:
@@ -132,7 +132,7 @@ class PackedSweep:
         positions = [position for span in ordered for position in range(span.start, span.end)]
         self.input_ids = torch.tensor([ids], device=device)
         self.position_ids = torch.tensor([positions], device=device)
-        self.write_slots = torch.cat([span.slots[span.start : span.end] for span in ordered])
+        self.write_slots = torch.cat([span.slots[span.start : span.end] for span in ordered]).to(device)
         self.chunks: list[ChunkedSpan] = []
         row, last_rows = 0, []
         for span in ordered:
@@ -143,14 +143,15 @@ class PackedSweep:
         self.last_rows = torch.tensor(last_rows, device=device)
 
 
-def padded_slots(spans: list[Span], ends: torch.Tensor) -> torch.Tensor:
-    """Slots of each span's sequence up to its end, int64 [n, longest end], each row padded with its own first slot.
+def padded_slots(spans: list[Span], longest: int) -> torch.Tensor:
+    """Slots of each span's sequence up to its end, int64 [n, longest] on the host, padded with its own first slot.
 
     A mask hides what lies in padding unless that is not a number, and then it is the sequence's own.
     """
-    slots = pad_sequence([span.slots[: span.end] for span in spans], batch_first=True)
-    is_used = torch.arange(slots.shape[1], device=slots.device)[None] < ends[:, None]
-    return torch.where(is_used, slots, slots[:, :1])
+    slots = torch.stack([span.slots[0] for span in spans])[:, None].repeat(1, longest)
+    for row, span in zip(slots.unbind(), spans, strict=True):
+        row[: span.end] = span.slots[: span.end]
+    return slots
 
 
 def decode_mask(ends: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:

@@ -40,8 +40,7 @@ class Choice:
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
     """One `Choice` per row of `logits` (float32 [len(draws), vocabulary]); a row that is not finite gets an error."""
     best = logits.max(-1)  # of a row with a NaN in it that is NaN: one pass over the logits finds everything
-    broken = (~torch.isfinite(best.values)).tolist()
-    adjusted, tokens = logits, best.indices.tolist()
+    adjusted, (broken, tokens) = logits, torch.stack((~torch.isfinite(best.values), best.indices)).tolist()
     if any(_has_penalty(draw.sampling) for draw in draws):
         adjusted = torch.stack([_penalise(row, draw) for row, draw in zip(logits, draws, strict=True)])
         tokens = adjusted.argmax(-1).tolist()
