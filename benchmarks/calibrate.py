@@ -12,6 +12,7 @@ import errno
 import itertools
 import mmap
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,40 +28,77 @@ BLOCK_BYTES = 8 << 20
 SECONDS_PER_DEPTH = 1.5
 BYTES_PER_DEPTH = 3 << 30
 TRIES = 5
+TURNS = 3  # of each depth
+PLAIN_DEPTH = 4
+PLAIN_LIMIT_S = 60.0
 MIB = 1 << 20
 
 
 def disk_bandwidth(paths: list[Path], *, seconds_per_depth: float = SECONDS_PER_DEPTH) -> dict[str, Any]:
-    """Read `paths` with 1 to 16 threads at once; the best bytes a second, and every depth's.
+    """Read `paths` with 1 to 16 threads at once; the best depth's bytes a second, and every depth's.
 
     With O_DIRECT; where the file system refuses it, through the file cache after dropping the files from it, and
-    `direct` is false.
+    `direct` is false. Each depth has several turns, their order shuffled, and what counts is their mean: a disk that
+    others share wanders by a third within a second.
     """
-    depths: dict[str, float] = {}
     is_direct = _takes_direct(paths[0])
-    blocks = [(path, at) for path in paths for at in range(0, path.stat().st_size - BLOCK_BYTES + 1, BLOCK_BYTES)]
-    block_bytes = BLOCK_BYTES
-    if not blocks:  # files smaller than a block: read each as a whole, rounded down to pages
-        block_bytes = min(BLOCK_BYTES, max(path.stat().st_size for path in paths) // mmap.PAGESIZE * mmap.PAGESIZE)
-        blocks = [(path, 0) for path in paths if path.stat().st_size >= block_bytes > 0]
-    if not blocks:
-        raise ValueError("the files are smaller than a page: there is nothing to measure the disk with")
+    blocks, block_bytes = _blocks(paths)
     place = 0
-    for depth in DEPTHS:
-        rotated = blocks[place:] + blocks[:place]
-        if not is_direct:
-            drop_file_cache(paths)
-        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if is_direct else 0)
-        read, seconds = _read_blocks(rotated, block_bytes, depth, seconds_per_depth, flags)
-        depths[str(depth)] = round(read / seconds)
-        place = (place + read // block_bytes) % len(blocks)
+    turns: dict[int, list[tuple[int, float]]] = {depth: [] for depth in DEPTHS}
+    order = random.Random(0)
+    for _ in range(TURNS):
+        for depth in order.sample(DEPTHS, len(DEPTHS)):
+            if not is_direct:
+                drop_file_cache(paths)
+            rotated = blocks[place:] + blocks[:place]
+            read, seconds = _read_blocks(rotated, block_bytes, depth, seconds_per_depth / TURNS, _flags(is_direct))
+            turns[depth].append((read, seconds))
+            place = (place + read // block_bytes) % len(blocks)
+    depths = {
+        str(depth): round(sum(read for read, _ in found) / sum(seconds for _, seconds in found))
+        for depth, found in turns.items()
+    }
     return {"bytes_per_s": max(depths.values()), "direct": is_direct, "depths": depths, "block_bytes": block_bytes}
 
 
+def plain_read(paths: list[Path], nbytes: int) -> float:
+    """Bytes a second of reading about `nbytes` of `paths` in order and nothing else: what a sweep is held against."""
+    is_direct = _takes_direct(paths[0])
+    if not is_direct:
+        drop_file_cache(paths)
+    blocks, block_bytes = _blocks(paths)
+    wanted = blocks[: max(PLAIN_DEPTH, nbytes // block_bytes)]
+    read, seconds = _read_blocks(wanted, block_bytes, PLAIN_DEPTH, PLAIN_LIMIT_S, _flags(is_direct), is_endless=False)
+    return read / seconds
+
+
+def _flags(is_direct: bool) -> int:
+    return os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if is_direct else 0)
+
+
+def _blocks(paths: list[Path]) -> tuple[list[tuple[Path, int]], int]:
+    """Where blocks of the files begin, and how long a block is."""
+    blocks = [(path, at) for path in paths for at in range(0, path.stat().st_size - BLOCK_BYTES + 1, BLOCK_BYTES)]
+    if blocks:
+        return blocks, BLOCK_BYTES
+    # Files smaller than a block: read each as a whole, rounded down to pages.
+    block_bytes = min(BLOCK_BYTES, max(path.stat().st_size for path in paths) // mmap.PAGESIZE * mmap.PAGESIZE)
+    blocks = [(path, 0) for path in paths if path.stat().st_size >= block_bytes > 0]
+    if not blocks:
+        raise ValueError("the files are smaller than a page: there is nothing to measure the disk with")
+    return blocks, block_bytes
+
+
 def _read_blocks(
-    blocks: list[tuple[Path, int]], block_bytes: int, depth: int, seconds: float, flags: int
+    blocks: list[tuple[Path, int]],
+    block_bytes: int,
+    depth: int,
+    seconds: float,
+    flags: int,
+    *,
+    is_endless: bool = True,
 ) -> tuple[int, float]:
-    """Bytes read by `depth` threads, and seconds taken."""
+    """Bytes read by `depth` threads, and seconds taken; round and round for `seconds`, or each block once."""
     counts = [0] * depth
     failures: list[OSError] = []
     deadline = time.perf_counter() + seconds
@@ -70,7 +108,7 @@ def _read_blocks(
         with contextlib.closing(mmap.mmap(-1, block_bytes)) as buffer:
             # Read directly, a block comes from the disk however often; through the file cache only the first time.
             mine = blocks[worker::depth]
-            for path, at in itertools.cycle(mine) if flags & os.O_DIRECT else mine:
+            for path, at in itertools.cycle(mine) if is_endless and flags & os.O_DIRECT else mine:
                 if time.perf_counter() > deadline or sum(counts) >= BYTES_PER_DEPTH:
                     return
                 try:

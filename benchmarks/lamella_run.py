@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.calibrate import plain_read
 from benchmarks.coldness import DiskWitness, ReadCount, cached_share, drop_file_cache, prove
 from benchmarks.machine import peak_rss_bytes
 from benchmarks.stage import say
@@ -29,6 +30,8 @@ WARM_UP_SWEEPS = 3  # decoding sweeps that are not timed: read-ahead settles, re
 # So many sweeps a sequence may decode before the last of its batch has read its prompt. A CPU carries few tokens a
 # sweep; on a GPU every spare token of the cache takes room from a layer.
 SPARE_TOKENS = {"cpu": 64, "cuda": 16}
+FEW_SEQUENCES = 8  # and fewer share an engine, as its defaults have it
+MIN_SWEEPS_A_HALF = 4
 _POLL_S = 2.0
 _MOVED = ("disk_bytes", "ram_bytes", "read_s", "copy_s", "compute_s", "sweep_s")
 
@@ -80,9 +83,32 @@ def measure_lamella(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         torch.cuda.set_per_process_memory_fraction(run.cap_bytes / total, device)
     files = _shard_files(run)
     drop_file_cache(files)
-    most = max(run.sequences)
+    report: dict[str, Any] = {"tier": run.tier, "cap_bytes": run.cap_bytes, "vram": run.vram, "ram": run.ram}
+    report |= {"rss_before_open_bytes": peak_rss_bytes(), "sequences": {}}  # Python, torch: no part of any budget
+    for counts in _engines(run.sequences):
+        began = time.perf_counter()
+        with Engine.open(run.model, _options(run, max(counts))) as engine:
+            open_s, plan = round(time.perf_counter() - began, 2), _plan_report(engine.plan)
+            say(f"open for {max(counts)} sequences after {open_s} s: {plan['bytes']}")
+            for count in counts:
+                if time.monotonic() > deadline:
+                    report["skipped"] = f"{count} sequences and more: the stage's time was up"
+                    break
+                facts = {"open_s": open_s, "plan": plan}
+                report["sequences"][str(count)] = facts | _measure_batch(engine, run, count, files, deadline)
+                report |= _memory(device, engine.plan)
+                yield report
+
+
+def _engines(sequences: list[int]) -> list[list[int]]:
+    """Which numbers of sequences share an engine: few ones do, so that they do not pay for the cache of many."""
+    few = [count for count in sequences if count <= FEW_SEQUENCES]
+    return ([few] if few else []) + [[count] for count in sequences if count > FEW_SEQUENCES]
+
+
+def _options(run: LamellaSpec, most: int) -> EngineOptions:
     tokens_each = len(run.prompts[0]) + _most_tokens(run)
-    options = EngineOptions(
+    return EngineOptions(
         store=Path(run.store),
         device=run.device,
         max_sequences=most,
@@ -91,25 +117,44 @@ def measure_lamella(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
         ram=run.ram,
         offline=True,
     )
-    report: dict[str, Any] = {"tier": run.tier, "cap_bytes": run.cap_bytes, "vram": run.vram, "ram": run.ram}
-    report["rss_before_open_bytes"] = peak_rss_bytes()  # Python, torch and transformers: no part of any budget
-    began = time.perf_counter()
-    with Engine.open(run.model, options) as engine:
-        report |= {"open_s": round(time.perf_counter() - began, 2), "plan": _plan_report(engine.plan), "sequences": {}}
-        say(f"open after {report['open_s']} s: {report['plan']['bytes']}")
-        yield report
-        for count in run.sequences:
-            if time.monotonic() > deadline:
-                report["skipped"] = f"{count} sequences and more: the stage's time was up"
-                break
-            report["sequences"][str(count)] = _measure_batch(engine, run, count, files, deadline)
-            report |= _memory(device, engine.plan)
-            yield report
 
 
 def _measure_batch(engine: Engine, run: LamellaSpec, count: int, files: list[Path], deadline: float) -> dict[str, Any]:
-    """Decode with `count` sequences side by side until enough full sweeps have been timed."""
+    """Decode with `count` sequences side by side until enough full sweeps have been timed.
+
+    From disk with plain reads of as many bytes before, between and after: what the disk gives wanders.
+    """
     wanted = run.sweeps if count == 1 else run.batched_sweeps
+    on_disk = engine.plan.layer_bytes(Tier.DISK)
+    if run.tier != "disk" or not on_disk:
+        return _time_sweeps(engine, run, count, files, wanted, deadline)
+    speeds = [plain_read(files, on_disk)]
+    parts = []
+    for part in _halves(wanted) if count == 1 else [wanted]:
+        parts.append(_time_sweeps(engine, run, count, files, part, deadline))
+        speeds.append(plain_read(files, on_disk))
+    seconds = [second for part in parts for second in part["seconds"]]
+    whole = parts[0] | {
+        "s_per_sweep": statistics.median(seconds),
+        "best_s_per_sweep": min(seconds),
+        "mean_s_per_sweep": statistics.fmean(seconds),
+        "tokens_per_s": count / statistics.median(seconds),
+        "samples": len(seconds),
+        "seconds": seconds,
+        "label": next((part["label"] for part in parts if part["label"] != "cold"), "cold"),
+        "plain_read_bytes_per_s": [round(speed) for speed in speeds],
+    }
+    return whole | ({"second_part": {key: parts[1][key] for key in ("proof", "per_sweep")}} if parts[1:] else {})
+
+
+def _halves(number: int) -> list[int]:
+    return [number // 2, number - number // 2] if number >= MIN_SWEEPS_A_HALF * 2 else [number]
+
+
+def _time_sweeps(
+    engine: Engine, run: LamellaSpec, count: int, files: list[Path], wanted: int, deadline: float
+) -> dict[str, Any]:
+    """Time `wanted` sweeps that bring a token to each of `count` sequences."""
     if run.tier == "disk":
         drop_file_cache(files)
     share_before = cached_share(files)

@@ -128,12 +128,10 @@ def measure(run: Run) -> None:
         return
     files = shards.pop("files")
     run.results["shards"] = shards
-    _calibrate(run, "calibration", files)
+    _calibrate(run, files)
     prompts = _prompts(run)
     for tier in run.arguments.tiers:
         _measure_tier(run, tier, store, prompts)
-        if tier == "disk":
-            _calibrate(run, "calibration_after_disk", files)
     for kind in PEERS["transformers"]:
         _measure_peer(run, kind, checkpoint, prompts, run.arguments.sequences)
     for peer in run.arguments.peers:
@@ -179,16 +177,16 @@ def _checkpoint(run: Run) -> Path:
     return directory
 
 
-def _calibrate(run: Run, name: str, files: list[str]) -> None:
+def _calibrate(run: Run, files: list[str]) -> None:
     spec = {
         "device": run.arguments.device,
         "dtype": run.results["model"]["dtype"],
         "files": files,
         "seconds_per_depth": run.arguments.calibration_s,
     }
-    report = run.stage(name.replace("_", " "), "calibrate", spec)
+    report = run.stage("calibration", "calibrate", spec)
     if report is not None:
-        run.results[name] = report
+        run.results["calibration"] = report
         run.save()
 
 
@@ -271,7 +269,7 @@ def _look_up_margins(run: Run, checkpoint: Path) -> None:
 def _failures(results: dict[str, Any]) -> list[str]:
     reports = {f"lamella {tier}": report for tier, report in results["lamella"].items()}
     reports |= results["peers"]
-    reports |= {name: results.get(name, {}) for name in ("shards", "calibration", "calibration_after_disk")}
+    reports |= {name: results.get(name, {}) for name in ("shards", "calibration")}
     return [name for name, report in reports.items() if "error" in report or "skipped" in report]
 
 

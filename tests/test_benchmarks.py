@@ -167,6 +167,14 @@ def test_ratios_compare_cold_with_cold_and_warm_with_warm() -> None:
     assert derived["lamella"]["ram"]["1"]["efficiency"] == pytest.approx(0.5)
 
 
+def test_a_disk_is_judged_by_plain_reads_beside_the_sweeps() -> None:
+    figures = derive(_figures())["lamella"]["disk"]["1"]
+
+    assert figures["binding"] == "disk"
+    assert figures["limit_s_per_sweep"] == pytest.approx(50 / 40)
+    assert figures["efficiency"] == pytest.approx(50 / 40 / 2.0)
+
+
 def test_stage_that_fails_is_reported_with_its_error_and_its_log(tmp_path: Path) -> None:
     report = run_stage("unknown", "no-such-peer", _peer_spec(tmp_path), tmp_path, deadline_s=100.0)
 
@@ -217,9 +225,11 @@ def test_run_says_where_how_and_against_what_it_measured(run: dict[str, Any]) ->
     assert run["command"].startswith("python -m benchmarks.sweep --device cpu")
     assert {"date", "cpu", "cores", "ram_bytes", "gpu", "disk", "versions"} <= set(run["machine"])
     assert {"host_memory_bytes_per_s", "operations_per_s", "disk"} <= set(run["calibration"])
-    assert run["calibration_after_disk"]["disk"]["bytes_per_s"] > 0
     assert run["model"]["bytes"] == TINY.nbytes
-    assert run["lamella"]["disk"]["plan"]["bytes"]["disk"] > 0
+    alone = run["lamella"]["disk"]["sequences"]["1"]
+    assert alone["plan"]["bytes"]["disk"] > 0
+    assert len(alone["plain_read_bytes_per_s"]) == 2
+    assert min(alone["plain_read_bytes_per_s"]) > 0
     assert run["lamella"]["disk"]["peak_rss_bytes"] > run["lamella"]["disk"]["rss_before_open_bytes"] > 0
     assert run["lamella"]["disk"]["others_busy_cores"] >= 0
 
@@ -296,10 +306,12 @@ def _peer_spec(directory: Path) -> dict[str, Any]:
 
 def _figures() -> dict[str, Any]:
     """Results as a run writes them, cut down to what is computed with."""
+    ram_plan = {"bytes": {"vram": 0, "ram": 50, "disk": 0}}
+    disk_plan = {"bytes": {"vram": 0, "ram": 0, "disk": 50}}
 
     def batch(seconds: float, count: int, label: str, token_ids: list[int]) -> dict[str, Any]:
-        rate = {"s_per_sweep": seconds, "best_s_per_sweep": seconds, "tokens_per_s": count / seconds}
-        return rate | {"label": label, "token_ids": token_ids}
+        rate = {"s_per_sweep": seconds, "mean_s_per_sweep": seconds, "tokens_per_s": count / seconds}
+        return rate | {"label": label, "token_ids": token_ids, "plan": disk_plan if label == "cold" else ram_plan}
 
     def peer(kept: float, dropped: float | None, token_ids: list[int]) -> dict[str, Any]:
         figures: dict[str, Any] = {"token_ids": [token_ids]}
@@ -308,15 +320,13 @@ def _figures() -> dict[str, Any]:
                 figures[key] = {"s_per_token": seconds, "tokens_per_s": 1 / seconds, "label": label}
         return {"sequences": {"1": figures}}
 
-    ram_plan = {"bytes": {"vram": 0, "ram": 50, "disk": 0}}
-    disk_plan = {"bytes": {"vram": 0, "ram": 0, "disk": 50}}
     ram = {"1": batch(0.1, 1, "warm", [5, 6, 9]), "8": batch(0.15, 8, "warm", [5, 6, 7])}
     return {
         "model": {"swept_bytes": 50, "active_parameters": 25, "layers": 2, "bytes": 60, "dtype": "bfloat16"},
         "calibration": {"disk": {"bytes_per_s": 50}, "h2d_bytes_per_s": 1000, "device_memory_bytes_per_s": 5000},
         "lamella": {
-            "ram": {"plan": ram_plan, "sequences": ram},
-            "disk": {"plan": disk_plan, "sequences": {"1": batch(2.0, 1, "cold", [5, 6, 7])}},
+            "ram": {"sequences": ram},
+            "disk": {"sequences": {"1": batch(2.0, 1, "cold", [5, 6, 7]) | {"plain_read_bytes_per_s": [40, 60, 20]}}},
         },
         "peers": {"airllm": peer(6.0, 8.0, [5, 6, 7]), "transformers": peer(0.1, None, [5, 6, 7, 8])},
     }

@@ -59,9 +59,13 @@ class CudaRecorder:
             # Other threads copy and wait for copies meanwhile, which the stricter modes forbid.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                launch()
-            finally:
-                self._end(graph)
+                try:
+                    launch()
+                finally:
+                    self._end(graph)
+            except BaseException:
+                self.forget()
+                raise
         current.wait_stream(self._stream)
         return graph.replay
 
@@ -82,5 +86,4 @@ class CudaRecorder:
             self._failed.append(graph)
             with contextlib.suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
-            self.forget()  # the allocators of some versions refuse to record to that pool again
             raise
