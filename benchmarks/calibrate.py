@@ -98,26 +98,33 @@ def _read_blocks(
     *,
     is_endless: bool = True,
 ) -> tuple[int, float]:
-    """Bytes read by `depth` threads, and seconds taken; round and round for `seconds`, or each block once."""
+    """Bytes read by `depth` threads in order, and seconds taken; round and round for `seconds`, or each block once."""
     counts = [0] * depth
     failures: list[OSError] = []
     deadline = time.perf_counter() + seconds
-    files = {path: os.open(path, flags) for path, _ in blocks}
+    lock = threading.Lock()
+    # Read directly, a block comes from the disk however often; through the file cache only the first time.
+    order = itertools.cycle(blocks) if is_endless and flags & os.O_DIRECT else iter(blocks)
 
     def read(worker: int) -> None:
-        with contextlib.closing(mmap.mmap(-1, block_bytes)) as buffer:
-            # Read directly, a block comes from the disk however often; through the file cache only the first time.
-            mine = blocks[worker::depth]
-            for path, at in itertools.cycle(mine) if is_endless and flags & os.O_DIRECT else mine:
-                if time.perf_counter() > deadline or sum(counts) >= BYTES_PER_DEPTH:
-                    return
-                try:
-                    counts[worker] += os.preadv(files[path], [buffer], at)
-                except OSError as error:
-                    failures.append(error)
-                    return
+        buffer = memory[worker * block_bytes : (worker + 1) * block_bytes]
+        while time.perf_counter() < deadline and (not is_endless or sum(counts) < BYTES_PER_DEPTH):
+            with lock:
+                place = next(order, None)
+            if place is None:
+                return
+            try:
+                counts[worker] += os.preadv(files[place[0]], [buffer], place[1])
+            except OSError as error:
+                failures.append(error)
+                return
 
-    try:
+    with contextlib.ExitStack() as stack:
+        memory = memoryview(mmap.mmap(-1, depth * block_bytes))
+        memory[:: mmap.PAGESIZE] = bytes(len(memory[:: mmap.PAGESIZE]))  # or the first reads would pay for the pages
+        files = {path: os.open(path, flags) for path in dict.fromkeys(path for path, _ in blocks)}
+        for file in files.values():
+            stack.callback(os.close, file)
         began = time.perf_counter()
         threads = [threading.Thread(target=read, args=(worker,), daemon=True) for worker in range(depth)]
         for thread in threads:
@@ -125,10 +132,8 @@ def _read_blocks(
         for thread in threads:
             thread.join(timeout=seconds + 60.0)
         took = time.perf_counter() - began
-    finally:
-        for file in files.values():
-            os.close(file)
-    if failures or any(thread.is_alive() for thread in threads):
+        is_stuck = any(thread.is_alive() for thread in threads)
+    if failures or is_stuck:
         raise OSError(f"reading for calibration failed: {failures[0] if failures else 'the disk does not answer'}")
     return sum(counts), took
 

@@ -122,17 +122,18 @@ def _options(run: LamellaSpec, most: int) -> EngineOptions:
 def _measure_batch(engine: Engine, run: LamellaSpec, count: int, files: list[Path], deadline: float) -> dict[str, Any]:
     """Decode with `count` sequences side by side until enough full sweeps have been timed.
 
-    From disk with plain reads of as many bytes before, between and after: what the disk gives wanders.
+    From disk with plain reads of the same layers before, between and after: what the disk gives wanders.
     """
     wanted = run.sweeps if count == 1 else run.batched_sweeps
     on_disk = engine.plan.layer_bytes(Tier.DISK)
     if run.tier != "disk" or not on_disk:
         return _time_sweeps(engine, run, count, files, wanted, deadline)
-    speeds = [plain_read(files, on_disk)]
+    streamed = _streamed_files(engine, run)
+    speeds = [plain_read(streamed, on_disk)]
     parts = []
     for part in _halves(wanted) if count == 1 else [wanted]:
         parts.append(_time_sweeps(engine, run, count, files, part, deadline))
-        speeds.append(plain_read(files, on_disk))
+        speeds.append(plain_read(streamed, on_disk))
     seconds = [second for part in parts for second in part["seconds"]]
     whole = parts[0] | {
         "s_per_sweep": statistics.median(seconds),
@@ -263,6 +264,11 @@ def _memory(device: torch.device, plan: Plan) -> dict[str, int | None]:
         memory["vram_peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
         memory["vram_peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     return memory
+
+
+def _streamed_files(engine: Engine, run: LamellaSpec) -> list[Path]:
+    layers = ShardStore(Path(run.store)).open(run.model).layers
+    return [layers[place.layer].path for place in engine.plan.layers if place.tier is Tier.DISK]
 
 
 def _shard_files(run: LamellaSpec) -> list[Path]:

@@ -107,6 +107,9 @@ class DiskReader:
         self._failure: Exception | None = None
         self._threads: list[threading.Thread] = []
         self._files: dict[Path, ShardFile] = {}
+        self._free: deque[RingSlot] = deque()
+        self._filling: deque[FilledChunk] = deque()
+        self._blocks: deque[_Block] = deque()
         try:
             for path in dict.fromkeys(piece.path for piece in self._pieces):
                 self._files[path] = open_file(path)
@@ -125,9 +128,9 @@ class DiskReader:
             raise EngineError("the reader runs already")
         self._is_stopping, self._failure = False, None
         self._free = deque(self._slots)
-        self._filling: deque[FilledChunk] = deque()
+        self._filling = deque()
         self._parts = self._all_parts()
-        self._blocks: deque[_Block] = deque()
+        self._blocks = deque()
         self._num_reading, self._reading_since = 0, 0.0
         self._threads = [
             threading.Thread(target=self._run, name=f"lamella-reader-{number}", daemon=True)
@@ -149,8 +152,10 @@ class DiskReader:
         self._threads = []
 
     def close(self) -> None:
-        """Stop and close the shard files; idempotent."""
+        """Stop, close the shard files and let go of the ring; idempotent."""
         self.stop()
+        self._slots = []
+        self._free, self._filling, self._blocks = deque(), deque(), deque()
         while self._files:
             self._files.popitem()[1].close()
 

@@ -38,6 +38,7 @@ from lamella_engine.sequence_types import (
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_store import ShardStore
 from lamella_engine.sweep import SweepModel
+from lamella_engine.sweep_thread import SweepThread
 from lamella_engine.text import TextCodec, end_token_ids, load_codec
 from lamella_engine.timeline import Lane
 
@@ -58,7 +59,9 @@ class Engine:
         end_token_ids: tokens that end a text unless a sequence ignores them.
     """
 
-    def __init__(self, model: SweepModel, codec: TextCodec | None, options: EngineOptions) -> None:
+    def __init__(
+        self, model: SweepModel, codec: TextCodec | None, options: EngineOptions, thread: SweepThread | None = None
+    ) -> None:
         self._model = model
         self.codec = codec
         self._context_length = int(getattr(model.config, "max_position_embeddings", None) or NO_CONTEXT_LIMIT)
@@ -75,8 +78,8 @@ class Engine:
         self._sweeps = self._tokens = self._streamed_bytes = 0
         self._last_sweep_at: float | None = None
         self._failure: Exception | None = None  # what ended the sweep thread before its time
-        self._thread = threading.Thread(target=self._run, name="lamella-sweep", daemon=True)
-        self._thread.start()
+        self._thread = thread or SweepThread()
+        self._thread.start(self._run)
 
     @classmethod
     def open(cls, model: str | Path, options: EngineOptions) -> Engine:
@@ -94,11 +97,16 @@ class Engine:
     def open_sharded(cls, sharded: ShardedModel, device: torch.device, options: EngineOptions) -> Engine:
         """Open a model whose shards are already at hand."""
         codec = load_codec(sharded.directory)
-        model = open_sweep_model(sharded, options, device)
+        thread = SweepThread()
         try:
-            return cls(model, codec, options)
+            model = thread.call(lambda: open_sweep_model(sharded, options, device), SweepModel.close)
+            try:
+                return cls(model, codec, options, thread)
+            except BaseException:
+                model.close()
+                raise
         except BaseException:
-            model.close()
+            thread.end()
             raise
 
     def __enter__(self) -> Engine:
@@ -198,10 +206,10 @@ class Engine:
         with self._wake:
             self._stop.set()
             self._wake.notify()
-        self._thread.join(timeout=CLOSE_S)
-        if self._thread.is_alive():
+        if not self._thread.join(timeout=CLOSE_S):
             raise EngineError(f"the sweep thread did not stop within {CLOSE_S:.0f} s")
         self._model.close()
+        self._cache.close()
 
     def _check_open(self) -> None:
         if self._stop.is_set():

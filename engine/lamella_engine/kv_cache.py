@@ -149,6 +149,11 @@ class KVCache:
         """Keys and values at `slots` [...], each of shape [..., heads, width]."""
         return self._keys[layer][slots], self._values[layer][slots]
 
+    def close(self) -> None:
+        """Give the pools back; nothing can be stored then. Idempotent."""
+        self._keys.clear()
+        self._values.clear()
+
     def _take(self) -> int:
         page = self._free_pages.pop()
         self._holders[page] = 1

@@ -137,6 +137,8 @@ class SweepModel:
         for binding in self._bindings:
             binding.unbind()
         for module in self._model.modules():
+            module.__dict__.pop("forward", None)  # what took its place holds buffers, hooks hold tables
+            module._forward_pre_hooks.clear()
             _forget_tensors(module)
         self._resources.close()
 

@@ -7,11 +7,12 @@ ring; on a device resident pieces never move, and the others pass through slots,
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -195,8 +196,11 @@ class DeviceStream:
         self._transfer.close()
         if self._reader is not None:
             self._reader.close()
-        self._resident.clear()  # device memory goes back even while somebody holds the stream
-        self._slots = ()
+        self._resident.clear()  # memory goes back even while somebody holds the stream
+        self._in_ram.clear()
+        self._slots, self._held = (), None
+        for waiting in (self._free, self._ready):
+            _drain(waiting)
 
     def _start(self) -> None:
         self._stop.clear()
@@ -266,6 +270,13 @@ def take_until_stopped(waiting: queue.Queue[Item], stop: threading.Event) -> Ite
         except queue.Empty:
             continue
     return None
+
+
+def _drain(waiting: queue.Queue[Any]) -> None:
+    """Drop whatever is in `waiting`."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            waiting.get_nowait()
 
 
 def _check_order(placed: Sequence[PlacedPiece], arrived: int, wanted: int) -> None:

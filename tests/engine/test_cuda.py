@@ -223,14 +223,17 @@ def test_a_failed_sweep_leaves_the_engine_clean(tiny_llama_dir: Path, tmp_path: 
     assert after == before
 
 
-def test_close_gives_the_memory_back(tiny_llama_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["resident", "ram"])
+def test_close_gives_the_memory_back_though_somebody_holds_the_engine(
+    place: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    sharded = ShardStore(tmp_path).ensure("tiny", source=tiny_llama_dir)
     gc.collect()
     before = torch.cuda.memory_allocated()
 
-    with Engine.open(tiny_llama_dir, EngineOptions(store=tmp_path, device="cuda")) as engine:
+    with open_at(place, sharded, EngineOptions(store=tmp_path)) as engine:
         generate(engine, PROMPTS[0], GREEDY)
         assert torch.cuda.memory_allocated() > before
-    del engine
-    gc.collect()
 
     assert torch.cuda.memory_allocated() <= before
+    assert not engine.counters().running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
@@ -124,3 +125,27 @@ def test_a_trace_shows_reads_copies_and_computing_side_by_side(sharded: ShardedM
 
 def _overlap(left: dict[str, float], right: dict[str, float]) -> bool:
     return left["ts"] < right["ts"] + right["dur"] and right["ts"] < left["ts"] + left["dur"]
+
+
+def held_bytes() -> dict[int, int]:
+    """Bytes by address of all memory that tensors hold."""
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and not found.is_meta]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.mark.parametrize("tiers", ["vrd", "v", "on a CPU"])
+def test_a_closed_engine_holds_no_memory_though_somebody_holds_it(tiers: str, sharded: ShardedModel) -> None:
+    gc.collect()
+    before = held_bytes()
+    options = EngineOptions(store=sharded.directory, ram="80MiB", kv_tokens=256)
+    cpu = torch.device("cpu")
+    engine = Engine.open_sharded(sharded, cpu, options) if "CPU" in tiers else open_on(SATA, sharded, tiers)
+    batch(engine)
+    while_open = sum(held_bytes().values())
+
+    engine.close()
+
+    left = {address: nbytes for address, nbytes in held_bytes().items() if address not in before}
+    assert while_open - sum(before.values()) > sharded.layers[0].nbytes
+    assert sum(left.values()) < 64 * 1024
