@@ -7,7 +7,7 @@ In the order data flows through them:
 - `architecture`: the module tree without weights, and whether it can run here.
 - `convert`, `shard`, `shard_writer`, `shard_builder`, `manifest`, `shard_check`, `model_lock`, `shard_store`: one file
   per layer, built once, checked whenever it is opened.
-- `model_source`, `kv_shape`, `inspection`: what a model is, from config and headers alone.
+- `model_source`, `kv_shape`, `model_traits`, `inspection`: what a model is, from config and headers alone.
 - `placement`, `budget`, `device`, `compute_dtype`, `model_sizes`, `disk_speed`, `calibration`, `planner`, `workspace`,
   `reserve`, `spread`, `estimate`: where every byte will live and be computed, and what a sweep will take.
 - `open_model`, `pieces`, `file_reads`, `loader`, `host_memory`, `shared_memory`, `ram_tier`, `resident`,

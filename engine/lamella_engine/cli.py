@@ -21,6 +21,7 @@ from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.errors import EngineError, ModelError, OptionError, PlanError
 from lamella_engine.inspection import CardFit, ModelFacts
 from lamella_engine.manifest import Manifest
+from lamella_engine.model_traits import Experts, Rotary
 from lamella_engine.names import check_model_name
 from lamella_engine.options import DTYPES
 from lamella_engine.shard_store import ShardStore, default_store_root
@@ -198,7 +199,7 @@ def _described(facts: ModelFacts) -> list[tuple[str, str]]:
         ("family", facts.family),
         ("runs here", "yes" if facts.obstacle is None else f"no: {facts.obstacle}"),
         ("dtype", facts.dtype),
-        ("layers", str(facts.num_layers)),
+        ("layers", _kinds(facts)),
     ]
     if facts.size_bytes:
         rows += [
@@ -207,16 +208,40 @@ def _described(facts: ModelFacts) -> list[tuple[str, str]]:
             ("layer size", _span(facts.layer_bytes_min, facts.layer_bytes_max)),
             ("outside layers", f"{byte_size(facts.root_bytes)}, always resident"),
         ]
+    if facts.experts is not None:
+        rows += [("experts", _experts(facts.experts, facts.num_layers))]
+        rows += [("a token meets", f"{facts.active_parameters:,} parameters")]
     rows += [
         ("hidden size", str(facts.hidden_size)),
         ("attention heads", f"{facts.attention_heads or '-'}, key-value heads {_several(facts.kv_heads)}"),
         ("head width", f"keys {_several(facts.key_widths)}, values {_several(facts.value_widths)}"),
+        *(("rotary", _rotary(rotary)) for rotary in facts.rotary),
         ("context", f"{facts.context_length} tokens" if facts.context_length else "no limit named"),
         ("sliding window", f"{facts.sliding_window} tokens" if facts.sliding_window else "none"),
         ("vocabulary", f"{facts.vocabulary}, embeddings {'tied' if facts.tied_embeddings else 'not tied'}"),
         ("keys and values", f"at most {byte_size(facts.kv_bytes_per_token)} a token"),
     ]
     return rows + [(f"on {byte_size(card.card_bytes)}", _fit(card, facts)) for card in facts.cards]
+
+
+def _kinds(facts: ModelFacts) -> str:
+    kinds = (f"{count} of {kind.replace('_', ' ')}" for kind, count in facts.layer_kinds.items())
+    return f"{facts.num_layers}: {', '.join(kinds)}"
+
+
+def _experts(experts: Experts, num_layers: int) -> str:
+    shared = f", {byte_size(experts.shared_bytes)} in shared ones" if experts.shared_bytes else ""
+    return (
+        f"{experts.count} of {byte_size(experts.expert_bytes)} in {experts.layers} of {num_layers} layers, a token "
+        f"visits {experts.routed}; {byte_size(experts.nbytes)} in all{shared}"
+    )
+
+
+def _rotary(rotary: Rotary) -> str:
+    parts = [rotary.kind] + ([] if rotary.base is None else [f"base {rotary.base:g}"])
+    parts += [] if rotary.share == 1.0 else [f"{rotary.share:.0%} of a head"]
+    parts += [] if rotary.factor is None else [f"context stretched {rotary.factor:g} times"]
+    return ", ".join(parts) + (f" ({rotary.layers.replace('_', ' ')})" if rotary.layers else "")
 
 
 def _fit(card: CardFit, facts: ModelFacts) -> str:

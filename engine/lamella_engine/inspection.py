@@ -18,6 +18,7 @@ from lamella_engine.kv_shape import kv_bytes_per_token as kv_bytes_per_token
 from lamella_engine.kv_shape import kv_shapes, whole
 from lamella_engine.model_sizes import sizes_of_contents
 from lamella_engine.model_source import ModelContents, ShardContents, find_model
+from lamella_engine.model_traits import Experts, Rotary, experts_of, layer_kinds, rotary_of
 from lamella_engine.placement import ModelSizes, Tier
 from lamella_engine.planner import PlanRequest, make_plan
 from lamella_engine.shard_store import ShardStore
@@ -51,6 +52,10 @@ class ModelFacts:
         dtype: torch dtype name of most weights.
         obstacle: why the model cannot run here, or None. Sizes are 0 then, unless the store has it.
         parameters: numbers in all weights, tied ones counted once.
+        active_parameters: those that one token is multiplied with; 0 if there is an obstacle.
+        layer_kinds: how many layers there are of each kind.
+        experts: the routed experts; None for a dense model, or where sizes are not known.
+        rotary: how positions are rotated, one entry a kind of layer; empty without rotary positions.
         layer_bytes_min, layer_bytes_max, layers_bytes: smallest layer, largest, all together.
         root_bytes: everything outside the layers, always resident.
         attention_heads: query heads. None where the family has no attention.
@@ -68,7 +73,11 @@ class ModelFacts:
     dtype: str
     obstacle: str | None
     parameters: int
+    active_parameters: int
     num_layers: int
+    layer_kinds: dict[str, int]
+    experts: Experts | None
+    rotary: tuple[Rotary, ...]
     layer_bytes_min: int
     layer_bytes_max: int
     layers_bytes: int
@@ -105,10 +114,12 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
     obstacle: str | None = None
     contents = source.contents() if source.shards else _NOTHING
     cards: tuple[CardFit, ...] = ()
+    active_parameters = 0
     try:
         built = source.build()
         contents = source.contents(built)
-        cards = _cards(sizes_of_contents(source, contents, built))
+        sizes = sizes_of_contents(source, contents, built)
+        cards, active_parameters = _cards(sizes), sizes.active_parameters
     except UnsupportedModel as error:
         obstacle = str(error)
     shapes = kv_shapes(text)
@@ -123,7 +134,11 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         dtype=source.dtype,
         obstacle=obstacle,
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        active_parameters=active_parameters,
         num_layers=int(text.num_hidden_layers),
+        layer_kinds=layer_kinds(text),
+        experts=experts_of(text, [layer.tensors for layer in contents.layers]),
+        rotary=rotary_of(text),
         layer_bytes_min=min(layers, default=0),
         layer_bytes_max=max(layers, default=0),
         layers_bytes=sum(layers),

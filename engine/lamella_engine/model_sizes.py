@@ -14,14 +14,13 @@ from lamella_engine import architecture
 from lamella_engine.architecture import Architecture
 from lamella_engine.kv_shape import attention_width, kv_bytes_per_token, whole
 from lamella_engine.model_source import ModelContents, ModelSource, ShardContents, torch_dtype
+from lamella_engine.model_traits import EXPERT_COUNTS, ROUTED_COUNTS, first_whole
 from lamella_engine.placement import ModelSizes
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_writer import size_of
 from lamella_engine.weight_source import TensorShape
 
 NO_CONTEXT_LIMIT = 1 << 20  # tokens, for families whose config names no limit
-_ROUTED_COUNTS = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
@@ -111,7 +110,7 @@ def _active_parameters(layers: tuple[ShardContents, ...], text: PretrainedConfig
     in_experts = sum(
         _numbers(tensor) for layer in layers for tensor in layer.tensors if "experts" in tensor.name.split(".")
     )
-    routed, experts = _first(text, _ROUTED_COUNTS), _first(text, _EXPERT_COUNTS)
+    routed, experts = first_whole(text, ROUTED_COUNTS), first_whole(text, EXPERT_COUNTS)
     share = min(1.0, routed / experts) if routed and experts else 1.0
     return total - in_experts + math.ceil(in_experts * share)
 
@@ -123,7 +122,7 @@ def _intermediate_size(text: PretrainedConfig) -> int:
     counts four times in the workspace.
     """
     dense = max(_widest(text, name) for name in _INNER_WIDTHS) or 4 * int(text.hidden_size)
-    routed = _first(text, _ROUTED_COUNTS) if _first(text, _EXPERT_COUNTS) else None
+    routed = first_whole(text, ROUTED_COUNTS) if first_whole(text, EXPERT_COUNTS) else None
     if not routed:
         return dense
     inside = _widest(text, "moe_intermediate_size") or dense
@@ -136,10 +135,6 @@ def _widest(text: PretrainedConfig, name: str) -> int:
     value = getattr(text, name, None)
     widths = value if isinstance(value, list | tuple) else [value]
     return max((int(width) for width in widths if isinstance(width, int)), default=0)
-
-
-def _first(text: PretrainedConfig, names: tuple[str, ...]) -> int | None:
-    return next((found for name in names if (found := whole(text, name))), None)
 
 
 def _numbers(tensor: TensorShape | None) -> int:
