@@ -17,7 +17,7 @@ In the order data flows through them:
 - `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
   layers for all sequences together.
 - `sampler`, `text`, `detokenizer`: from logits to tokens to text.
-- `sequence`, `scheduler`, `engine`: who rides which sweep; `sequence_types` and `options` are what callers see.
+- `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options` are what callers see.
 - `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
 - `auto_model`: the engine in one process, for scripts; `cli`, `plan_target`, `plan_report`, `plan_cli`, `bench_cli`: in
   a shell, with `byte_size`, `progress` and `console_progress`.
