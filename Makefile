@@ -25,7 +25,7 @@ RUN_STAMP = $(VENV)/.lamella-run-$(CHECKOUT)
 DEV_STAMP = $(VENV)/.lamella-dev-$(CHECKOUT)
 BENCH_STAMP = $(VENV)/.lamella-bench-$(CHECKOUT)
 
-.PHONY: help demo test lint types pytest wheel bench clean
+.PHONY: help demo test lint types pytest wheel bench families clean
 
 help:  ## list the commands
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,9 @@ wheel: $(DEV_STAMP)  ## build dist/*.whl and prove that it works alone
 bench: $(BENCH_STAMP)  ## Lamella beside AirLLM and accelerate on this machine; BENCH_ARGS="--device cuda" for a GPU
 	@mkdir -p dist
 	@$(BIN)/python -m benchmarks.sweep --json dist/benchmark.json --plot dist/benchmark.svg $(BENCH_ARGS)
+
+families: $(DEV_STAMP)  ## run a tiny model of every family and write docs/families.md
+	@$(BIN)/python -m tools.support_table
 
 clean:  ## remove what was built or fetched here: the environment, caches, demo data, fetched models
 	rm -rf $(VENV) dist .demo .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -55,6 +55,9 @@ _RECURRENT: dict[str, object] = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+_MAMBA2: dict[str, object] = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2,
+}  # fmt: skip
 _SPECIAL: dict[str, object] = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _WINDOW: dict[str, object] = {"sliding_window": 8}
 
@@ -96,12 +99,50 @@ FAMILIES: dict[str, dict[str, object]] = {
     | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 96, "word_embed_proj_dim": 64}
     | {"max_position_embeddings": 256},
     "bloom": _SPECIAL | {"hidden_size": 64, "n_layer": 4, "n_head": 4},
+    "llama4_text": _WIDE_HEAD
+    | {"attention_chunk_size": 8, "intermediate_size_mlp": 96, "no_rope_layers": [1, 1, 1, 0]}
+    | {"num_local_experts": 4, "num_experts_per_tok": 1},
+    "doge": _DENSE,
+    "diffllama": _DENSE,
+    "mamba": _SPECIAL | {"hidden_size": 64, "num_hidden_layers": 4, "state_size": 8},
+    "mamba2": _SPECIAL
+    | {"hidden_size": 64, "num_hidden_layers": 4, "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2}
+    | {"chunk_size": 8},
+    "bamba": _DENSE | _MAMBA2 | {"attn_layer_indices": [1, 3]},
+    "falcon_h1": _WIDE_HEAD | _MAMBA2 | {"mamba_d_ssm": 128},
+    "recurrent_gemma": _WIDE_HEAD
+    | {"attention_window_size": 8, "block_types": ["recurrent", "attention"], "lru_width": 64},
+    "rwkv": _SPECIAL | {"hidden_size": 64, "num_hidden_layers": 4, "rescale_every": 2},
+    "openai-gpt": _SPECIAL | {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    "longcat_flash": _DENSE
+    | _LATENT
+    | {
+        "head_dim": 8,
+        "num_hidden_layers": 8,
+        "num_layers": 4,
+        "expert_ffn_hidden_size": 32,
+        "ffn_hidden_size": 96,
+        "moe_topk": 2,
+    }
+    | {"n_routed_experts": 4, "zero_expert_num": 1},
+}
+
+# Families that transformers builds and that cannot be run, each for a reason of its own.
+REFUSED: dict[str, dict[str, object]] = {
+    "zamba": _DENSE
+    | {"num_hidden_layers": 6, "num_key_value_heads": 4, "attn_layer_period": 3, "attn_layer_offset": 2}
+    | {"n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+    "bert": _DENSE,
 }
 
 
 def save_family(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Write a random checkpoint of one of FAMILIES (no tokenizer) as its hub layout has it; return `directory`."""
-    return save_checkpoint(directory, family, FAMILIES[family], dtype=dtype, seed=seed)
+    """Write a random checkpoint of one of FAMILIES (no tokenizer) as its hub layout has it; return `directory`.
+
+    Its greedy text varies from token to token, and a token depends on those far before it.
+    """
+    shape = (FAMILIES | REFUSED)[family]
+    return save_checkpoint(directory, family, shape, dtype=dtype, seed=seed, std=0.2, keeps_scales=True)
 
 
 def save_checkpoint(
@@ -113,11 +154,18 @@ def save_checkpoint(
     seed: int = 0,
     std: float = 0.08,
     max_shard_size: str = "5GB",
+    keeps_scales: bool = False,
 ) -> Path:
-    """Write a random checkpoint of `family` with the config values `shape`; return `directory`."""
+    """Write a random checkpoint of `family` with the config values `shape`; return `directory`.
+
+    With `keeps_scales`, norms, biases and decay rates stay near what the family begins with.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), dtype=dtype).eval()
     for name, parameter in model.named_parameters():
+        if keeps_scales and (parameter.dim() == 1 or "A_log" in name):
+            parameter.data.add_(torch.randn_like(parameter) * std / 4)
+            continue
         is_norm = parameter.dim() == 1 and name.endswith("norm.weight")
         torch.nn.init.normal_(parameter, mean=1.0 if is_norm and family == "llama" else 0.0, std=std)
     model.tie_weights()
@@ -130,8 +178,8 @@ def save_checkpoint(
 def save_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on SENTENCES and write it with special tokens and a chat template."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment] # stub
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment] # the stub names the base class only
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=448,
         special_tokens=[PAD, BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"],

@@ -2,11 +2,14 @@
 
 In the order data flows through them:
 
-- `names`, `hub`, `hub_errors`, `weight_source`, `safetensors_header`, `checkpoint`, `gguf_header`, `gguf_checkpoint`:
-  where a model comes from.
-- `architecture`: the module tree without weights, and whether it can run here.
-- `convert`, `shard`, `shard_writer`, `shard_builder`, `manifest`, `shard_check`, `model_lock`, `shard_store`: one file
-  per layer, built once, checked whenever it is opened.
+- `names`, `hub`, `hub_errors`, `weight_source`, `safetensors_header`, `weight_files`, `dequantise`, `checkpoint`,
+  `gguf_header`, `gguf_checkpoint`: where a model comes from, and what it expands to.
+- `unpickle`, `pickled_checkpoint`: pickled weights, on demand, made into such a checkpoint.
+- `architecture`, `family_path`, `rehearsal`, `state_size`: the module tree without weights, whether and how it can run
+  here, and what its sequences keep.
+- `importers`: families that exist as code of their own only, brought onto transformers' classes.
+- `convert`, `shard`, `shard_writer`, `shard_builder`, `manifest`, `shard_check`, `model_lock`, `originals`,
+  `shard_store`: one file per layer, built once, checked whenever it is opened.
 - `model_source`, `kv_shape`, `model_traits`, `inspection`: what a model is, from config and headers alone.
 - `placement`, `budget`, `device`, `compute_dtype`, `model_sizes`, `disk_speed`, `calibration`, `planner`, `workspace`,
   `reserve`, `spread`, `estimate`: where every byte will live and be computed, and what a sweep will take.
@@ -15,9 +18,10 @@ In the order data flows through them:
 - `disk_reader`, `transfer`, `weight_stream`, `binding`: what does not stay, from disk or RAM to the parameters that
   compute, in every sweep.
 - `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
-  layers for all sequences together.
+  layers for all sequences together; `sequence_state`, `state_pool`, `stepwise`: the same for families that keep states.
 - `sampler`, `text`, `detokenizer`: from logits to tokens to text.
-- `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options` are what callers see.
+- `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options` are what
+  callers see.
 - `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
 - `auto_model`: the engine in one process, for scripts; `cli`, `plan_target`, `plan_report`, `plan_cli`, `bench_cli`: in
   a shell, with `byte_size`, `progress` and `console_progress`.

@@ -1,14 +1,13 @@
 """The model without its weights: a transformers module tree on the meta device, and where its decoder layers are.
 
-Owns the decision whether a family can run in the packed sweep. Neighbours: `checkpoint` before it (config files),
+Neighbours: `checkpoint` before it (config files), `family_path` and `state_size`, which it asks how the family is run,
 `convert` and `sweep` after it (names and modules).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lamella_engine.errors import CheckpointError, UnsupportedModel
+from lamella_engine.family_path import FamilyPath, check_decoder, check_layers, choose_path, reads_in_parts
+from lamella_engine.importers.registry import find_import
+from lamella_engine.state_size import StateSize, rehearse
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,18 @@ class Architecture:
         config: the text model's config.
         layers_path: dotted path of the decoder's ModuleList, such as ``model.layers``.
         layers: that ModuleList.
+        path: how its sequences are run.
+        state_size: what a sequence keeps on the stepwise path; None on the packed one, where config values tell.
+        reads_in_parts: a prompt may be read in several steps.
     """
 
     model: PreTrainedModel
     config: PretrainedConfig
     layers_path: str
     layers: nn.ModuleList
+    path: FamilyPath = FamilyPath.PACKED
+    state_size: StateSize | None = None
+    reads_in_parts: bool = True
 
     @property
     def family(self) -> str:
@@ -51,6 +59,8 @@ def load_config(config_dir: Path) -> PretrainedConfig:
     if not (config_dir / "config.json").is_file():
         raise CheckpointError(f"{config_dir} has no config.json; give the directory of a transformers checkpoint")
     try:
+        if (imported := find_import(config_dir)) is not None:
+            return imported.config
         return AutoConfig.from_pretrained(config_dir, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -64,21 +74,30 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
     """Build the module tree of `config` on the meta device (no memory for weights, no weight is read).
 
     Raises:
-        UnsupportedModel: not a causal language model, or its attention cannot be packed.
+        UnsupportedModel: not a causal language model, or one whose layers cannot be streamed.
     """
+    check_decoder(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
+    except (ValueError, AssertionError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedModel(
-            f"{config.model_type!r} is not a causal language model that transformers can build; "
-            "use a text-generation checkpoint"
+            f"{config.model_type!r} is not a causal language model that transformers can build ({reason}); "
+            "use a text-generation checkpoint, such as one of llama, qwen3, mistral, gemma3 or gpt_oss"
         ) from error
     model.eval()
+    # Halving activations and, in place, the weights behind them: a guard for half precision that streaming cannot keep.
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
     _keep_in_float32(model, dtype)
-    _check_packable(model)
-    path, layers = _find_layers(model)
-    return Architecture(model, model.config.get_text_config(), path, layers)
+    layers_path, layers = _find_layers(model)
+    check_layers(model, layers_path, layers)
+    path = choose_path(model, layers)
+    built = Architecture(model, model.config.get_text_config(), layers_path, layers, path)
+    if path is FamilyPath.PACKED:
+        return built
+    return replace(built, state_size=rehearse(model, layers), reads_in_parts=reads_in_parts(model))
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -101,6 +120,8 @@ def _retyped(tensor: torch.Tensor) -> torch.Tensor:
 
 def sliding_windows(config: PretrainedConfig, num_layers: int) -> tuple[int | None, ...]:
     """Each layer's sliding window in tokens, or None where it sees everything, from the config's layer types."""
+    # Attention layers are numbered as the config counts layers, which may be more than there are blocks.
+    num_layers = max(num_layers, int(config.num_hidden_layers))
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
     window = getattr(config, "sliding_window", None)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -116,33 +137,13 @@ def table_names(built: Architecture) -> tuple[str | None, str | None]:
     return weight_of(built.model.get_input_embeddings()), weight_of(built.model.get_output_embeddings())
 
 
-def _check_packable(model: PreTrainedModel) -> None:
-    family = model.config.model_type
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(
-            f"family {family!r} keeps a recurrent state per sequence, which the packed sweep does not carry yet; "
-            "use a model whose layers are all attention, such as llama, qwen3, mistral, gemma3 or gpt_oss"
-        )
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise UnsupportedModel(
-            f"family {family!r} has layers of kind {', '.join(sorted(unknown))}, which the packed sweep cannot run; "
-            "use a model whose layers are full or sliding-window attention"
-        )
-    if "position_ids" not in signature(model.forward).parameters:
-        raise UnsupportedModel(
-            f"family {family!r} takes no position ids, which the packed sweep needs; "
-            "use a family that does, such as llama, qwen3, mistral, gemma3 or gpt_oss"
-        )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(
-            f"family {family!r} does not let its attention be replaced, which the packed sweep needs; "
-            "use a family that does, such as llama, qwen3, mistral, gemma3 or gpt_oss"
-        )
-
-
 def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is None:
+        raise UnsupportedModel(
+            f"family {model.config.model_type!r} is not one row of layers (its config names no number of them); "
+            "use a decoder-only family, such as llama, qwen3, mistral, gemma3 or gpt_oss"
+        )
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name, module in lists:
@@ -150,5 +151,9 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             return name, module
     for name, module in lists:
         if len(module) == num_layers:
+            return name, module
+    # Some families count a block with two attentions as two layers.
+    for name, module in lists:
+        if len(module) and {type(layer).__name__ for layer in module} <= kinds:
             return name, module
     raise UnsupportedModel(f"found no list of {num_layers} decoder layers in {type(model).__name__}")

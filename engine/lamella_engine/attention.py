@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,8 +36,16 @@ class _Sweep:
     windows: tuple[int | None, ...]
 
 
+class AttentionCall(NamedTuple):
+    """One call of a rehearsal: for which layer, and whether with a mask of the family's own making."""
+
+    layer: int
+    has_mask: bool
+
+
 class _Current(threading.local):
     sweep: _Sweep | None = None
+    rehearsal: list[AttentionCall] | None = None
 
 
 _current = _Current()
@@ -51,6 +59,16 @@ def sweep_attention(pack: Pack, cache: KVCache, windows: tuple[int | None, ...])
         yield
     finally:
         _current.sweep = None
+
+
+@contextmanager
+def rehearsed_attention() -> Iterator[list[AttentionCall]]:
+    """Let attention calls of this thread compute nothing and be listed."""
+    _current.rehearsal = []
+    try:
+        yield _current.rehearsal
+    finally:
+        _current.rehearsal = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +93,14 @@ def packed_attention(
 
     Understands ``sliding_window``, ``softcap`` and ``s_aux`` (attention sinks); causality comes from the pack.
     """
+    layer = module.layer_idx
+    assert isinstance(layer, int), "transformers numbers its attention layers"
+    if _current.rehearsal is not None:
+        _current.rehearsal.append(AttentionCall(layer, attention_mask is not None))
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), None
     sweep = _current.sweep
     if sweep is None:
         raise EngineError("packed attention was called outside a sweep")
-    layer = module.layer_idx
-    assert isinstance(layer, int), "transformers numbers its attention layers"
     window = kwargs.get("sliding_window") or sweep.windows[layer]
     form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
     pack, cache = sweep.pack, sweep.cache

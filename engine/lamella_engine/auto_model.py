@@ -72,7 +72,8 @@ class AutoModel:
             layer_shards_saving_path: directory of the shard cache; None means the usual one.
             hf_token: hub access token; None means the usual places.
             prefetching: must be True, reading ahead is how the engine works.
-            delete_original: not supported yet; must be False.
+            delete_original: once the shards are checked, delete the weight files they were built from: those of the
+                directory or file `path_or_id`, or of the hub's download cache. Never if that would lose anything.
             profiling_mode: print a table to standard output after each `generate`: bytes from each tier and seconds of
                 reading, copying, computing and waiting, a sweep, and tokens a second.
             device: ``cpu``, ``cuda:0``, ...; None means the first GPU, else the CPU.
@@ -86,7 +87,6 @@ class AutoModel:
         for name, value, supported in (
             ("compression", compression, None),
             ("prefetching", prefetching, True),
-            ("delete_original", delete_original, False),
         ):
             if value != supported:
                 raise OptionError(f"{name}={value!r} is not supported yet; leave it at {supported!r}")
@@ -99,7 +99,10 @@ class AutoModel:
             vram=vram,
             ram=ram,
         )
-        sharded = ShardStore(root).ensure(path_or_id, hub_token=hf_token)
+        store = ShardStore(root)
+        sharded = store.ensure(path_or_id, hub_token=hf_token)
+        if delete_original:
+            store.delete_original(sharded.name, Path(path_or_id))
         engine = Engine.open_sharded(sharded, resolve_device(options.device), options)
         return cls(engine, profiling_mode=profiling_mode)
 

@@ -51,6 +51,13 @@ DtypeOption = Annotated[
     str | None,
     typer.Option("--dtype", help=f"Store weights as {', '.join(DTYPES)}; else as they are.", callback=_check_dtype),
 ]
+DeleteOption = Annotated[
+    bool,
+    typer.Option(
+        "--delete-original",
+        help="Then check every shard and delete the weights they were built from; never if that would lose anything.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")]
 StoredName = Annotated[str, typer.Argument(help="The model's name in the store, as `list` shows it.")]
 
@@ -108,9 +115,12 @@ def pull(
     name: Annotated[str, typer.Argument(help="owner/name or owner/name@revision on the hub.")],
     store: StoreOption = None,
     dtype: DtypeOption = None,
+    delete_original: DeleteOption = False,
 ) -> None:
     """Fetch a model from the hub and build its shards; does nothing if the store has it."""
     _build(name, None, store, dtype)
+    if delete_original:
+        _delete_original(name, None, store)
 
 
 @app.command("import")
@@ -119,19 +129,47 @@ def import_model(
     path: Annotated[Path, typer.Argument(help="A checkpoint directory or a .gguf file.")],
     store: StoreOption = None,
     dtype: DtypeOption = None,
+    delete_original: DeleteOption = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Convert pytorch_model.bin, in a process of its own; only if you trust it."
+        ),
+    ] = False,
 ) -> None:
     """Build shards from a checkpoint on this host; does nothing if the store has the model from it."""
-    _build(name, path.expanduser(), store, dtype)
+    if allow_pickle and delete_original:
+        raise typer.BadParameter(
+            "--delete-original cannot go with --allow-pickle: pickles are not opened again to see whether the shards "
+            "hold all that is in them. Look at the model, then delete them by hand."
+        )
+    _build(name, path.expanduser(), store, dtype, allow_pickle=allow_pickle)
+    if delete_original:
+        _delete_original(name, path.expanduser(), store)
 
 
-def _build(name: str, source: Path | None, root: Path | None, dtype: str | None) -> None:
+def _build(name: str, source: Path | None, root: Path | None, dtype: str | None, *, allow_pickle: bool = False) -> None:
     with plain_errors():
         store = _store(root)
         is_there = store.has(check_model_name(name))
         with ConsoleProgress() as progress:
-            sharded = store.ensure(_by_name(name, source), source=source, dtype=dtype, progress=progress)
+            if allow_pickle and source is not None:
+                sharded = store.import_pickled(name, source, dtype=dtype, progress=progress)
+            else:
+                sharded = store.ensure(_by_name(name, source), source=source, dtype=dtype, progress=progress)
     what = f"{len(sharded.layers)} layers, {sharded.dtype}, {byte_size(sharded.size_bytes)}"
     typer.echo(f"{name} is in the store already: {what}" if is_there else f"{name} is ready: {what}")
+
+
+def _delete_original(name: str, named: Path | None, root: Path | None) -> None:
+    with plain_errors(), ConsoleProgress() as progress:
+        deleted = _store(root).delete_original(name, named, progress=progress)
+    if deleted.files:
+        typer.echo(f"deleted the original: {len(deleted.files)} files, {byte_size(deleted.nbytes)}")
+    else:
+        typer.echo("no original was deleted: none is left that this model was built from")
+    for file in deleted.kept:
+        typer.echo(f"warning: {file} stays: it is a link to a file elsewhere", err=True)
 
 
 def _by_name(name: str, source: Path | None) -> str:
@@ -196,9 +234,9 @@ def _described(facts: ModelFacts) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{facts.name} ({facts.found_in})"),
         ("revision", facts.revision or "-"),
-        ("family", facts.family),
+        ("family", f"{facts.imported_from}, runs as {facts.family}" if facts.imported_from else facts.family),
         ("runs here", "yes" if facts.obstacle is None else f"no: {facts.obstacle}"),
-        ("dtype", facts.dtype),
+        ("dtype", f"{facts.dtype}, expanded from {facts.packing}" if facts.packing else facts.dtype),
         ("layers", _kinds(facts)),
     ]
     if facts.size_bytes:
@@ -220,6 +258,7 @@ def _described(facts: ModelFacts) -> list[tuple[str, str]]:
         ("sliding window", f"{facts.sliding_window} tokens" if facts.sliding_window else "none"),
         ("vocabulary", f"{facts.vocabulary}, embeddings {'tied' if facts.tied_embeddings else 'not tied'}"),
         ("keys and values", f"at most {byte_size(facts.kv_bytes_per_token)} a token"),
+        ("state", f"at most {byte_size(facts.state_bytes)} a sequence" if facts.state_bytes else "none"),
     ]
     return rows + [(f"on {byte_size(card.card_bytes)}", _fit(card, facts)) for card in facts.cards]
 

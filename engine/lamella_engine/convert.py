@@ -28,6 +28,7 @@ from lamella_engine.weight_source import Conversion, TensorShape
 logger = logging.getLogger(__name__)
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$")
 _STORED = _FLOATS | {"int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
@@ -156,14 +157,19 @@ def plan(built: Architecture, conversions: list[Conversion], dtype: str | None) 
     return _by_shard(built, wanted, is_untied)
 
 
+def left_out(built: Architecture, conversions: list[Conversion]) -> list[str]:
+    """Source tensors that no shard will hold, less tables that are computed anyway."""
+    native = built.model.state_dict()
+    extra = [name for item in conversions if not _is_of_the_model(item, native) for name in item.sources]
+    return [name for name in extra if not _COMPUTED.search(name)]
+
+
 def _of_the_model(
     built: Architecture, conversions: list[Conversion], native: Mapping[str, torch.Tensor]
 ) -> list[Conversion]:
-    wanted = [item for item in conversions if any(target.name in native for target in item.targets)]
-    extra = [name for item in conversions if item not in wanted for name in item.sources]
     patterns = getattr(built.model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    known = re.compile("|".join([*patterns, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]))
-    surprising = [name for name in extra if not known.search(name)]
+    expected = re.compile("|".join(patterns) or r"(?!)")  # without patterns: matches nothing
+    surprising = [name for name in left_out(built, conversions) if not expected.search(name)]
     if surprising:
         logger.warning(
             "%d tensors of the checkpoint are not part of a %s model and are left out, such as %s",
@@ -171,7 +177,11 @@ def _of_the_model(
             built.family,
             ", ".join(surprising[:3]),
         )
-    return wanted
+    return [item for item in conversions if _is_of_the_model(item, native)]
+
+
+def _is_of_the_model(conversion: Conversion, native: Mapping[str, torch.Tensor]) -> bool:
+    return any(target.name in native for target in conversion.targets)
 
 
 def _store_tied_once(built: Architecture, conversions: list[Conversion]) -> tuple[list[Conversion], bool]:

@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 
 from lamella_engine.errors import EngineError, ShardError
+from lamella_engine.experts import Range
 from lamella_engine.file_reads import ALIGNMENT, STALL_S, ReadStyle, ShardFile, aligned_range
 from lamella_engine.host_memory import HostMemory
 from lamella_engine.pieces import Piece
 from lamella_engine.timeline import Lane, Timeline
 
+ALL_TOKENS = 1 << 30  # a sweep of so many visits every expert
 _POLL_S = 0.2  # how soon a waiting thread notices that it should stop
 
 
@@ -34,11 +36,15 @@ class RingSlot:
     tensor: torch.Tensor
     view: memoryview
     until_free: Callable[[], None] | None = None
+    is_urgent: bool = False  # kept for what is fetched on demand
 
 
 @dataclass
 class FilledChunk:
-    """Bytes `offset` to ``offset + nbytes`` of piece number `piece`, at `tensor` in the ring."""
+    """Bytes `offset` to ``offset + nbytes`` of piece number `piece`, at `tensor` in the ring.
+
+    `is_sparse` says that the piece comes without its experts, `is_last` that nothing of it follows.
+    """
 
     piece: int
     offset: int
@@ -46,12 +52,25 @@ class FilledChunk:
     slot: RingSlot
     skip: int
     pending: int  # blocks not read yet
+    is_sparse: bool = False
+    is_last: bool = True
     began_s: float = field(default=0.0)
 
     @property
     def tensor(self) -> torch.Tensor:
         """The bytes, uint8 [nbytes]."""
         return self.slot.tensor[self.skip : self.skip + self.nbytes]
+
+
+class _Part(NamedTuple):
+    """What one chunk is to hold: bytes of a piece, of which `ranges` are read."""
+
+    piece: int
+    offset: int
+    nbytes: int
+    ranges: tuple[Range, ...]
+    is_sparse: bool
+    is_last: bool
 
 
 class _Block(NamedTuple):
@@ -63,8 +82,13 @@ class _Block(NamedTuple):
 
 
 def slot_bytes(pieces: Sequence[Piece], chunk_bytes: int) -> int:
-    """Bytes of ring that one chunk of at most `chunk_bytes` takes, with what reading whole pages adds."""
-    is_aligned = all(piece.start % ALIGNMENT == 0 for piece in pieces)
+    """Bytes of ring that one chunk of at most `chunk_bytes` takes, with what reading whole pages adds.
+
+    Chunks begin on a page where pieces do, unless they are parts of one that comes without its experts.
+    """
+    is_aligned = all(
+        piece.start % ALIGNMENT == 0 and (piece.experts is None or piece.nbytes <= chunk_bytes) for piece in pieces
+    )
     return -(-chunk_bytes // ALIGNMENT) * ALIGNMENT + (0 if is_aligned else ALIGNMENT)
 
 
@@ -76,7 +100,7 @@ class DiskReader:
 
     Args:
         pieces: what lives on disk, in sweep order.
-        memory: the ring; holds at least one chunk.
+        memory: the ring; holds at least one chunk, two where experts are fetched to a device.
         chunk_bytes: a chunk's size at most, a multiple of 4096 unless it covers every piece.
         style: how many threads read how much at once.
         timeline: told of every read.
@@ -102,12 +126,20 @@ class DiskReader:
             RingSlot(memory.tensor[at : at + size], memory.view[at : at + size])
             for at in range(0, memory.nbytes // size * size, size)
         ]
+        # What is fetched on demand has slots of its own: the others may all be full, waiting for who waits for this.
+        is_passed_on = any(piece.experts is not None and piece.nbytes > chunk_bytes for piece in pieces)
+        num_urgent = max(1, len(self._slots) // 4) if is_passed_on else 0
+        self._urgent_slots, self._slots = self._slots[:num_urgent], self._slots[num_urgent:]
+        for slot in self._urgent_slots:
+            slot.is_urgent = True
+        self._tokens = ALL_TOKENS
         self._changed = threading.Condition()
         self._is_stopping = False
         self._failure: Exception | None = None
         self._threads: list[threading.Thread] = []
         self._files: dict[Path, ShardFile] = {}
         self._free: deque[RingSlot] = deque()
+        self._urgent_free: deque[RingSlot] = deque()
         self._filling: deque[FilledChunk] = deque()
         self._blocks: deque[_Block] = deque()
         try:
@@ -127,7 +159,7 @@ class DiskReader:
         if self._threads:
             raise EngineError("the reader runs already")
         self._is_stopping, self._failure = False, None
-        self._free = deque(self._slots)
+        self._free, self._urgent_free = deque(self._slots), deque(self._urgent_slots)
         self._filling = deque()
         self._parts = self._all_parts()
         self._blocks = deque()
@@ -154,10 +186,14 @@ class DiskReader:
     def close(self) -> None:
         """Stop, close the shard files and let go of the ring; idempotent."""
         self.stop()
-        self._slots = []
-        self._free, self._filling, self._blocks = deque(), deque(), deque()
+        self._slots, self._urgent_slots = [], []
+        self._free, self._urgent_free, self._filling, self._blocks = deque(), deque(), deque(), deque()
         while self._files:
             self._files.popitem()[1].close()
+
+    def expect(self, tokens: int) -> None:
+        """Say how many tokens the next sweeps carry: with few, pieces come without experts. Any thread may call."""
+        self._tokens = tokens
 
     def next_filled(self) -> FilledChunk:
         """The next chunk, in sweep order.
@@ -167,31 +203,72 @@ class DiskReader:
             EngineError: nothing came within `STALL_S`, or the reader was stopped meanwhile.
         """
         with self._changed:
-            arrived = self._changed.wait_for(
-                lambda: self._failure or self._is_stopping or (self._filling and self._filling[0].pending == 0),
-                timeout=STALL_S,
-            )
-            if self._failure is not None:
-                raise self._failure
-            if self._is_stopping:
-                raise EngineError("the reader was stopped")
-            if not arrived:
-                raise EngineError(f"nothing was read within {STALL_S:.0f} s: the disk under the shards stalls")
+            self._wait_for(lambda: bool(self._filling) and self._filling[0].pending == 0)
             return self._filling.popleft()
 
     def give_back(self, chunk: FilledChunk, until_free: Callable[[], None] | None = None) -> None:
         """Let the chunk's part of the ring be filled again, once `until_free` has returned."""
         chunk.slot.until_free = until_free
         with self._changed:
-            self._free.append(chunk.slot)
+            (self._urgent_free if chunk.slot.is_urgent else self._free).append(chunk.slot)
             self._changed.notify()
 
-    def _all_parts(self) -> Iterator[tuple[int, int, int]]:
-        """Piece number, offset and length of every chunk, for ever."""
+    def fill(self, held: FilledChunk, ranges: Sequence[Range]) -> None:
+        """Read `ranges` of the piece in `held`, a whole piece, to their places in it, before anything else.
+
+        Raises:
+            As `next_filled`.
+        """
+        part = _Part(held.piece, 0, held.nbytes, tuple(ranges), is_sparse=True, is_last=True)
+        with self._changed:
+            chunk = self._begin_part(part, held.slot, is_urgent=True)
+            self._wait_for(lambda: chunk.pending == 0)
+
+    def fetch(self, piece: int, ranges: Sequence[Range]) -> Iterator[FilledChunk]:
+        """Read `ranges` of piece number `piece` before anything else; each chunk is to be given back.
+
+        Raises:
+            As `next_filled`.
+        """
+        waiting = deque(self._cut(piece, ranges, is_sparse=True))
+        under_way: deque[FilledChunk] = deque()
+        while waiting or under_way:
+            with self._changed:
+                while waiting and self._urgent_free:
+                    slot = self._urgent_free.popleft()
+                    under_way.append(self._begin_part(waiting.popleft(), slot, is_urgent=True))
+                self._wait_for(lambda: under_way[0].pending == 0)
+            yield under_way.popleft()
+
+    def _wait_for(self, is_there: Callable[[], bool]) -> None:
+        """Wait until `is_there`, holding the lock."""
+        arrived = self._changed.wait_for(
+            lambda: self._failure is not None or self._is_stopping or is_there(), timeout=STALL_S
+        )
+        if self._failure is not None:
+            raise self._failure
+        if self._is_stopping:
+            raise EngineError("the reader was stopped")
+        if not arrived:
+            raise EngineError(f"nothing was read within {STALL_S:.0f} s: the disk under the shards stalls")
+
+    def _all_parts(self) -> Iterator[_Part]:
+        """What every chunk is to hold, for ever."""
         while True:
             for number, piece in enumerate(self._pieces):
-                for offset in range(0, piece.nbytes, self._chunk_bytes):
-                    yield number, offset, min(self._chunk_bytes, piece.nbytes - offset)
+                is_sparse = piece.experts is not None and piece.experts.is_sparse(self._tokens)
+                ranges = piece.ranges(is_sparse=is_sparse)
+                if piece.nbytes <= self._chunk_bytes:
+                    yield _Part(number, 0, piece.nbytes, tuple(ranges), is_sparse, is_last=True)
+                else:
+                    yield from self._cut(number, ranges, is_sparse=is_sparse)
+
+    def _cut(self, piece: int, ranges: Sequence[Range], *, is_sparse: bool) -> Iterator[_Part]:
+        """`ranges` of a piece in parts that fit a chunk."""
+        step = self._chunk_bytes
+        cut = [(offset + at, min(step, nbytes - at)) for offset, nbytes in ranges for at in range(0, nbytes, step)]
+        for number, (offset, nbytes) in enumerate(cut, 1):
+            yield _Part(piece, offset, nbytes, ((offset, nbytes),), is_sparse, number == len(cut))
 
     def _run(self) -> None:
         try:
@@ -228,16 +305,26 @@ class DiskReader:
             self._num_reading += 1
 
     def _open_chunk(self) -> None:
-        number, offset, nbytes = next(self._parts)
-        low, length, skip = aligned_range(self._pieces[number].start + offset, nbytes)
-        step = self._style.block_bytes
-        chunk = FilledChunk(number, offset, nbytes, self._free.popleft(), skip, -(-length // step))
-        chunk.began_s = time.perf_counter()
-        self._filling.append(chunk)
-        for at in range(0, length, step):
-            here = min(step, length - at)
-            self._blocks.append(_Block(chunk, at, here, min(here, skip + nbytes - at), low + at))
+        self._filling.append(self._begin_part(next(self._parts), self._free.popleft(), is_urgent=False))
+
+    def _begin_part(self, part: _Part, slot: RingSlot, *, is_urgent: bool) -> FilledChunk:
+        """Line up the blocks of `part`, before all others if it is urgent."""
+        start, step = self._pieces[part.piece].start, self._style.block_bytes
+        low, _, skip = aligned_range(start + part.offset, part.nbytes)
+        chunk = FilledChunk(part.piece, part.offset, part.nbytes, slot, skip, 0, part.is_sparse, part.is_last)
+        blocks = []
+        for offset, nbytes in part.ranges:
+            first, length, lead = aligned_range(start + offset, nbytes)
+            for at in range(0, length, step):
+                here = min(step, length - at)
+                blocks.append(_Block(chunk, first - low + at, here, min(here, lead + nbytes - at), first + at))
+        chunk.pending, chunk.began_s = len(blocks), time.perf_counter()
+        if is_urgent:
+            self._blocks.extendleft(reversed(blocks))
+        else:
+            self._blocks.extend(blocks)
         self._changed.notify_all()
+        return chunk
 
     def _finish(self, block: _Block) -> None:
         now = time.perf_counter()

@@ -56,6 +56,9 @@ class EmbeddingRows:
         self._dtype = embedding.weight.dtype
         self._timeline = timeline
         self._is_on_disk = is_on_disk
+        # Some families ask where the weight is before they look anything up; this one takes no memory.
+        nowhere = torch.zeros((), dtype=self._dtype, device=device).expand(table.shape)
+        embedding.__dict__["_parameters"]["weight"] = nowhere
         embedding.padding_idx = None  # only training uses it, and it is checked against the number of rows
         embedding.register_forward_pre_hook(self._gather)
 

@@ -20,7 +20,7 @@ import torch
 from lamella_engine.detokenizer import Detokenizer
 from lamella_engine.device import peak_rss_bytes, resolve_device
 from lamella_engine.errors import EngineClosed, EngineError, OptionError, SequenceError
-from lamella_engine.kv_cache import KVCache
+from lamella_engine.kv_shape import context_tokens
 from lamella_engine.open_model import open_sweep_model
 from lamella_engine.options import EngineOptions
 from lamella_engine.placement import Plan
@@ -45,7 +45,6 @@ from lamella_engine.timeline import Lane
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1024  # sequences that may wait for room; one more is refused
-NO_CONTEXT_LIMIT = 1 << 20  # tokens, for families whose config names no limit; the cache sets one then
 MAX_UNDELIVERED = 2  # batches of events nobody took yet; then the sweep stalls
 CLOSE_S = 150.0
 _POLL_S = 0.2
@@ -64,10 +63,13 @@ class Engine:
     ) -> None:
         self._model = model
         self.codec = codec
-        self._context_length = int(getattr(model.config, "max_position_embeddings", None) or NO_CONTEXT_LIMIT)
+        self._context_length = context_tokens(model.config)
         self.end_token_ids = end_token_ids(model.sharded.directory, model.config, codec)
-        self._cache = KVCache(model.plan.kv_tokens, model.device)
-        self._scheduler = Scheduler(self._cache, options.max_sequences, model.plan.sweep_tokens)
+        self._cache = model.open_pool()
+        self._scheduler = Scheduler(
+            self._cache, options.max_sequences, model.plan.sweep_tokens, reads_whole=model.reads_whole
+        )
+        self._step_tokens = model.plan.sweep_tokens - options.max_sequences + 1  # beside a token for everyone else
         self._max_sequences = options.max_sequences
         self._arrivals: list[Sequence] = []
         self._cancels: set[str] = set()
@@ -222,7 +224,10 @@ class Engine:
 
     def _make_sequence(self, request: SequenceRequest) -> Sequence:
         prompt_ids = self._prompt_ids(request)
-        room = min(self._context_length, self._cache.capacity_tokens)
+        room = min(self._context_length, self._cache.longest)
+        if self._model.reads_whole:
+            self._check_step(len(prompt_ids))
+            room = room if self._model.keeps_state else min(room, self._step_tokens)
         if len(prompt_ids) >= room:
             what = "context" if room == self._context_length else "key-value cache (engine option kv_tokens)"
             raise SequenceError(
@@ -241,6 +246,15 @@ class Engine:
         ]
         first.siblings = siblings
         return first
+
+    def _check_step(self, prompt_tokens: int) -> None:
+        if prompt_tokens > self._step_tokens:
+            raise SequenceError(
+                "prompt_too_long",
+                f"the prompt has {prompt_tokens} tokens; {self._model.sharded.name} is of a family "
+                f"({self._model.family}) that must read a prompt in one step, and a step of this engine carries "
+                f"{self._step_tokens} at most. Shorten the prompt, or raise the engine option sweep_tokens.",
+            )
 
     def _make_detokenizer(self, request: SequenceRequest) -> Detokenizer | None:
         return Detokenizer(self.codec.decode, request.sampling.stop) if self.codec else None
@@ -328,7 +342,7 @@ class Engine:
 
     def _advance(self, rides: list[Ride], logits: torch.Tensor, events: list[SequenceEvent]) -> None:
         """Give each sequence what the sweep brought it and add to `events`; `rides` as the rows of `logits`."""
-        swept_bytes = self._model.streamed_bytes_per_sweep
+        swept_bytes = self._model.swept_bytes
         self._sweeps += 1
         self._streamed_bytes += swept_bytes
         self._last_sweep_at = time.time()

@@ -12,7 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lamella_engine.placement import Bandwidths, ModelSizes, Plan, Tier
+from lamella_engine.expert_share import is_sparse, visited_share
+from lamella_engine.placement import Bandwidths, LayerPlacement, ModelSizes, Plan, Tier
+
+MAX_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def predict(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, num_sequences
 
 def free_tokens(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths) -> int:
     """How many tokens ride a sweep of `plan` for free: those computed in the time that moving its weights takes."""
-    lanes = _lanes(sizes, plan, bandwidths, 1)
+    lanes = _lanes(sizes, plan, bandwidths, MAX_TOKENS)  # with so many, every expert is wanted
     return int(bandwidths.flops * max(lanes.disk, lanes.bus, lanes.memory) / (2 * sizes.active_parameters))
 
 
@@ -78,10 +81,32 @@ def computed_bytes(sizes: ModelSizes, nbytes: int, *, is_streamed: bool) -> int:
     return nbytes + 2 * math.ceil(nbytes * sizes.expansion)
 
 
+def moved_bytes(sizes: ModelSizes, place: LayerPlacement, tokens: int) -> int:
+    """Bytes of a layer that streams that a sweep of `tokens` tokens moves: with few, only the experts they visit."""
+    experts = sizes.experts
+    if experts is None or not is_sparse(experts.count, experts.routed, tokens):
+        return place.nbytes
+    return place.nbytes - _unvisited(sizes, place, tokens)
+
+
+def _unvisited(sizes: ModelSizes, place: LayerPlacement, tokens: int) -> int:
+    """Bytes of the experts of a layer that no token visits; a layer that is converted is so as a whole."""
+    experts = sizes.experts
+    if experts is None or sizes.expansion != 1:
+        return 0
+    return int(experts.layers[place.layer] * (1.0 - visited_share(experts.count, experts.routed, tokens)))
+
+
 def _lanes(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, tokens: int) -> LaneSeconds:
-    on_disk, in_ram = plan.layer_bytes(Tier.DISK), plan.layer_bytes(Tier.RAM)
+    on_disk, in_ram = (
+        sum(moved_bytes(sizes, place, tokens) for place in plan.layers if place.tier is tier)
+        for tier in (Tier.DISK, Tier.RAM)
+    )
     home = Tier.RAM if plan.vram is None else Tier.VRAM
-    read = sum(computed_bytes(sizes, place.nbytes, is_streamed=place.tier is not home) for place in plan.layers)
+    read = sum(
+        computed_bytes(sizes, place.nbytes, is_streamed=place.tier is not home) - _unvisited(sizes, place, tokens)
+        for place in plan.layers
+    )
     read += computed_bytes(sizes, plan.head.nbytes, is_streamed=plan.head.num_blocks > 0)
     read += math.ceil(sizes.other * sizes.expansion)
     return LaneSeconds(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,19 @@ class GgufCheckpoint:
     def dtype(self) -> str:
         """What the blocks expand to."""
         return "float32"
+
+    @property
+    def packing(self) -> str:
+        """The block type of most of its bytes."""
+        bytes_by_type: Counter[str] = Counter()
+        for tensor in self._header.tensors.values():
+            bytes_by_type[tensor.block_type.name] += tensor.nbytes
+        return f"gguf, {' and '.join(name for name, _ in bytes_by_type.most_common(1))}"
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The file itself."""
+        return (self.path,)
 
     @property
     def num_tensors(self) -> int:

@@ -33,7 +33,8 @@ _CONFIG_FILE = "config.json"
 _COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "qwen.tiktoken",
+    "quantize_config.json", "quant_config.json",
 )  # fmt: skip
 
 
@@ -91,6 +92,16 @@ def download(name: str, *, token: str | None = None, progress: Progress | None =
     return HubSnapshot(config.parent, listing.commit)
 
 
+def cached_snapshot(repository: str, commit: str) -> Path | None:
+    """Where the download cache holds that commit of `repository`; None if it does not. The hub is not asked."""
+    found = try_to_load_from_cache(repository, _CONFIG_FILE, cache_dir=_cache_directory(), revision=commit)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
+
+
 @dataclass(frozen=True)
 class _Listing:
     """A repository's files at one commit, with sizes in bytes where the hub tells them."""
@@ -105,7 +116,7 @@ class _Listing:
 def _list(name: str, token: str | None) -> _Listing:
     repository, _, revision = name.partition("@")
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
+    cache = _cache_directory()
     token = token or get_token()
     request = HubRequest(repository, revision or None, endpoint, has_token=token is not None)
     try:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from lamella_engine import architecture
 from lamella_engine.calibration import ASSUMED
 from lamella_engine.errors import PlanError, UnsupportedModel
+from lamella_engine.importers.imported import IMPORTED_FROM
 from lamella_engine.kv_shape import kv_bytes_per_token as kv_bytes_per_token
 from lamella_engine.kv_shape import kv_shapes, whole
 from lamella_engine.model_sizes import sizes_of_contents
@@ -22,6 +23,7 @@ from lamella_engine.model_traits import Experts, Rotary, experts_of, layer_kinds
 from lamella_engine.placement import ModelSizes, Tier
 from lamella_engine.planner import PlanRequest, make_plan
 from lamella_engine.shard_store import ShardStore
+from lamella_engine.state_size import StateSize
 
 GIB = 1024**3
 CARDS_GIB = (4, 6, 8, 12, 24)
@@ -49,7 +51,9 @@ class ModelFacts:
         found_in: ``store``, ``path`` or ``hub``.
         revision: the commit, where known.
         family: transformers' model type.
-        dtype: torch dtype name of most weights.
+        imported_from: the family's own name, if it is imported onto another's class; see `importers`.
+        dtype: torch dtype name of most weights, expanded if they are packed.
+        packing: the packed format that the weights arrive in, in words; None if plain, or if the store has it.
         obstacle: why the model cannot run here, or None. Sizes are 0 then, unless the store has it.
         parameters: numbers in all weights, tied ones counted once.
         active_parameters: those that one token is multiplied with; 0 if there is an obstacle.
@@ -63,6 +67,7 @@ class ModelFacts:
         context_length: tokens; None where the config names no limit.
         sliding_window: tokens, or None if every layer sees everything.
         kv_bytes_per_token: upper bound for all layers together, in `dtype`.
+        state_bytes: what a sequence keeps beside that whatever its length, such as a recurrent state.
         cards: what fits on cards of usual sizes; empty if there is an obstacle.
     """
 
@@ -70,7 +75,9 @@ class ModelFacts:
     found_in: str
     revision: str | None
     family: str
+    imported_from: str | None
     dtype: str
+    packing: str | None
     obstacle: str | None
     parameters: int
     active_parameters: int
@@ -92,6 +99,7 @@ class ModelFacts:
     vocabulary: int
     tied_embeddings: bool
     kv_bytes_per_token: int
+    state_bytes: int
     cards: tuple[CardFit, ...]
 
     @property
@@ -112,11 +120,13 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
     source = find_model(model, store, hub_token=hub_token)
     text = source.config.get_text_config(decoder=True)
     obstacle: str | None = None
+    kept = StateSize(0, kv_bytes_per_token(text, source.torch_dtype), 0)
     contents = source.contents() if source.shards else _NOTHING
     cards: tuple[CardFit, ...] = ()
     active_parameters = 0
     try:
         built = source.build()
+        kept = built.state_size or kept
         contents = source.contents(built)
         sizes = sizes_of_contents(source, contents, built)
         cards, active_parameters = _cards(sizes), sizes.active_parameters
@@ -131,7 +141,9 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         found_in=source.found_in,
         revision=source.revision,
         family=str(source.config.model_type),
+        imported_from=getattr(source.config, IMPORTED_FROM, None),
         dtype=source.dtype,
+        packing=source.packing,
         obstacle=obstacle,
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         active_parameters=active_parameters,
@@ -152,7 +164,8 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         sliding_window=_narrowest_window(text),
         vocabulary=int(text.vocab_size),
         tied_embeddings=bool(getattr(source.config, "tie_word_embeddings", False)),
-        kv_bytes_per_token=kv_bytes_per_token(text, source.torch_dtype),
+        kv_bytes_per_token=kept.token_bytes,
+        state_bytes=kept.sequence_bytes,
         cards=cards,
     )
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from lamella_engine.packing import Span
+
 PAGE_TOKENS = 16
 
 
@@ -47,6 +49,10 @@ class PageTable:
             self._written = len(self.pages)
         return self._slots[:total]
 
+    def span(self, token_ids: tuple[int, ...], start: int) -> Span:
+        """These tokens, which come behind `start` others, and where their keys and values go."""
+        return Span(token_ids, start, self.slots)
+
     def replace(self, index: int, page: int) -> None:
         """Hold `page` in place of the one at `index`."""
         self.pages[index] = page
@@ -70,6 +76,11 @@ class KVCache:
         return self._num_pages * PAGE_TOKENS
 
     @property
+    def longest(self) -> int:
+        """Tokens that one sequence may have, if it is alone."""
+        return self.capacity_tokens
+
+    @property
     def free_tokens(self) -> int:
         """Tokens in pages that no sequence holds."""
         return len(self._free_pages) * PAGE_TOKENS
@@ -83,6 +94,10 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of the tensors so far; all there will be once every layer has stored something."""
         return sum(tensor.nbytes for pool in (self._keys, self._values) for tensor in pool.values())
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold a sequence of `tokens` tokens."""
+        return pages_for(tokens)
 
     def open_table(self, tokens: int) -> PageTable | None:
         """A table with pages for `tokens` positions; None, and nothing taken, if the pool is short."""

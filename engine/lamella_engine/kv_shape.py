@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+NO_CONTEXT_LIMIT = 1 << 20  # tokens, for families whose config names no limit; the cache sets one then
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -49,10 +51,18 @@ def attention_width(config: PretrainedConfig) -> int:
     return max((heads * max(shape.key_width, shape.value_width) for shape in shapes), default=0)
 
 
+def context_tokens(config: PretrainedConfig) -> int:
+    """Tokens that a sequence may have by its config."""
+    return whole(config, "max_position_embeddings") or NO_CONTEXT_LIMIT
+
+
 def whole(config: PretrainedConfig, name: str) -> int | None:
-    """A config value that is a whole number, else None."""
-    value = getattr(config, name, None)
-    return int(value) if isinstance(value, int) else None
+    """A config value that is a whole number, else None; the largest where layers differ."""
+    try:
+        values = [getattr(config, name, None)]
+    except RuntimeError:  # transformers' answer to a value that layers do not share
+        values = [getattr(layer, name, None) for layer in config.per_layer_config]
+    return max((int(value) for value in values if isinstance(value, int)), default=None)
 
 
 def _kv_shape(layer: PretrainedConfig) -> KVShape:

@@ -12,15 +12,16 @@ from transformers import PretrainedConfig
 
 from lamella_engine import architecture
 from lamella_engine.architecture import Architecture
-from lamella_engine.kv_shape import attention_width, kv_bytes_per_token, whole
+from lamella_engine.experts import expert_tensors
+from lamella_engine.kv_shape import attention_width, context_tokens, kv_bytes_per_token, whole
 from lamella_engine.model_source import ModelContents, ModelSource, ShardContents, torch_dtype
 from lamella_engine.model_traits import EXPERT_COUNTS, ROUTED_COUNTS, first_whole
-from lamella_engine.placement import ModelSizes
+from lamella_engine.placement import ExpertSizes, ModelSizes
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_writer import size_of
+from lamella_engine.state_pool import unit_bytes
 from lamella_engine.weight_source import TensorShape
 
-NO_CONTEXT_LIMIT = 1 << 20  # tokens, for families whose config names no limit
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 
 
@@ -66,7 +67,7 @@ def _sizes(
         head=head_bytes,
         is_tied=is_tied,
         other=contents.root.nbytes - table_bytes - head_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(text, dtype),
+        kv_bytes_per_token=_kept_bytes(tree, dtype),
         expansion=1.0 if dtype == stored else _expansion(contents.layers, tree),
         active_parameters=_active_parameters(contents.layers, text) + _numbers(multiplied),
         hidden_size=int(text.hidden_size),
@@ -74,8 +75,28 @@ def _sizes(
         attention_width=attention_width(text),
         vocabulary=multiplied.shape[0] if multiplied is not None else int(text.vocab_size),
         itemsize=dtype.itemsize,
-        context_length=whole(text, "max_position_embeddings") or NO_CONTEXT_LIMIT,
+        context_length=context_tokens(text),
+        activation_bytes=0 if tree.state_size is None else tree.state_size.activation_bytes,
+        score_heads=0 if tree.state_size is None else tree.state_size.score_heads,
+        reads_whole=not tree.reads_in_parts,
+        experts=_experts(contents.layers, tree),
     )
+
+
+def _experts(layers: tuple[ShardContents, ...], tree: Architecture) -> ExpertSizes | None:
+    routed = first_whole(tree.config, ROUTED_COUNTS)
+    found = [expert_tensors(module, layer.tensors, routed) for module, layer in zip(tree.layers, layers, strict=True)]
+    counts = {own[1] for own in found if own is not None}
+    if len(counts) != 1 or routed is None:
+        return None
+    return ExpertSizes(counts.pop(), routed, tuple(0 if own is None else sum(map(size_of, own[2])) for own in found))
+
+
+def _kept_bytes(tree: Architecture, dtype: torch.dtype) -> int:
+    """What the plan counts for a token that is kept: keys and values, or its part of a state."""
+    if tree.state_size is None:
+        return kv_bytes_per_token(tree.config, dtype)
+    return unit_bytes(tree.state_size, context_tokens(tree.config))
 
 
 def _tables(tree: Architecture, root: ShardContents) -> tuple[TensorShape | None, TensorShape | None]:

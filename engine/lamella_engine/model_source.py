@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from lamella_engine import architecture, convert, hub
+from lamella_engine import architecture, convert, dequantise, hub
 from lamella_engine.architecture import Architecture
 from lamella_engine.errors import ModelNotFound, UnsupportedModel
 from lamella_engine.names import check_model_name, is_model_name
@@ -66,8 +66,10 @@ class ModelSource:
         revision: the commit, where known.
         config: transformers' config.
         dtype: torch dtype name of most weights, as they are or would be stored.
+        packing: the packed format that its weights arrive in, in words; None if plain, or if the store has it.
         shards: the root's and the layers', if the store has them; else empty.
         checkpoint: the opened checkpoint, if it is one.
+        obstacle: why its weights cannot be read, where that was not refused at once.
     """
 
     name: str
@@ -75,8 +77,10 @@ class ModelSource:
     revision: str | None
     config: PretrainedConfig
     dtype: str
+    packing: str | None = None
     shards: tuple[Shard, ...] = ()
     checkpoint: WeightSource | None = None
+    obstacle: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -89,11 +93,8 @@ class ModelSource:
         Raises:
             UnsupportedModel: it cannot run here.
         """
-        # A checkpoint on disk was refused when it was opened; of a model on the hub only the config is known.
-        if self.found_in == "hub" and getattr(self.config, "quantization_config", None):
-            raise UnsupportedModel(
-                f"{self.name} is quantised, which cannot be expanded; use its bf16 or fp16 checkpoint"
-            )
+        if self.obstacle is not None:
+            raise UnsupportedModel(self.obstacle)
         return architecture.build(self.config, self.torch_dtype)
 
     def contents(self, built: Architecture | None = None) -> ModelContents:
@@ -128,16 +129,16 @@ def find_model(
     path = Path(model).expanduser()
     if isinstance(model, Path) or path.exists() or not _is_name(model):
         checkpoint = open_source(path)
-        return ModelSource(str(model), "path", None, checkpoint.load_config(), checkpoint.dtype, checkpoint=checkpoint)
+        config = checkpoint.load_config()
+        packing = checkpoint.packing
+        return ModelSource(str(model), "path", None, config, checkpoint.dtype, packing, checkpoint=checkpoint)
     if offline:
         raise ModelNotFound(
             f"{check_model_name(model)} is neither in the store {store.root} nor a path here, and the hub is not asked "
             "(offline). Leave --offline out, or give the path of a checkpoint."
         )
     snapshot = hub.fetch_config(model, hub_token)
-    config = architecture.load_config(snapshot.directory)
-    named = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
-    return ModelSource(model, "hub", snapshot.revision, config, str(named).removeprefix("torch."))
+    return _on_hub(model, snapshot)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -149,6 +150,23 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def _is_name(model: str) -> bool:
     return is_model_name(model) and not model.endswith(".gguf")
+
+
+def _on_hub(name: str, snapshot: hub.HubSnapshot) -> ModelSource:
+    """A model of which only the config is known."""
+    config = architecture.load_config(snapshot.directory)
+    settings = dequantise.find_settings(config, snapshot.directory)
+    if settings is None:
+        named = getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+        return ModelSource(name, "hub", snapshot.revision, config, str(named).removeprefix("torch."))
+    packing, obstacle = None, None
+    try:
+        packing = dequantise.check_settings(settings)
+    except UnsupportedModel as error:
+        obstacle = str(error)
+    dtype = str(dequantise.expanded_dtype(config)).removeprefix("torch.")
+    dequantise.forget_settings(config)
+    return ModelSource(name, "hub", snapshot.revision, config, dtype, packing, obstacle=obstacle)
 
 
 def _stored(name: str, store: ShardStore) -> ModelSource:

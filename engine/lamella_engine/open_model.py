@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +24,13 @@ from lamella_engine.compute_dtype import choose_dtype
 from lamella_engine.device import available_host_bytes, free_memory_bytes, total_memory_bytes
 from lamella_engine.disk_reader import DiskReader
 from lamella_engine.errors import DeviceError
+from lamella_engine.experts import ExpertBytes, find_experts, tell_when_routed
 from lamella_engine.file_reads import ALIGNMENT, ReadStyle, ShardFile
 from lamella_engine.graph_recorder import CudaRecorder, Recorder
 from lamella_engine.host_memory import HostMemory
 from lamella_engine.loader import Loader, resident_bytes
 from lamella_engine.model_sizes import sizes_of_sharded
+from lamella_engine.model_traits import ROUTED_COUNTS, first_whole
 from lamella_engine.options import EngineOptions
 from lamella_engine.pieces import Piece, PlacedPiece, layer_piece, place_pieces
 from lamella_engine.placement import Bandwidths, Plan, Tier
@@ -192,9 +195,13 @@ class _Opener:
             LayerBinding(layer, shard.tensors)
             for layer, shard in zip(self._built.layers, self._sharded.layers, strict=True)
         ]
-        placed = place_pieces(self._sharded, self._plan, tables.head)
+        experts = self._find_experts(bindings)
+        placed = place_pieces(self._sharded, self._plan, tables.head, experts)
         stream = self._open_stream(placed, bindings, loader)
         self._resources.callback(stream.close)
+        for number, (layer, own) in enumerate(zip(self._built.layers, experts, strict=True)):
+            if own is not None and stream.fetches(number):
+                tell_when_routed(layer, own, partial(stream.fetch, number))
         buffer = self._conversion_buffer(placed, bindings, tables.head)
         if self._plan.head.num_blocks:
             assert tables.head is not None, "place_pieces has found it"
@@ -206,6 +213,14 @@ class _Opener:
     def keep(self) -> None:
         """Leave everything open; the model closes it."""
         self._kept.push(self._resources.pop_all())
+
+    def _find_experts(self, bindings: Sequence[LayerBinding]) -> list[ExpertBytes | None]:
+        """Each layer's experts, where they can be fetched one by one: a layer that is converted is so as a whole."""
+        routed = first_whole(self._built.config, ROUTED_COUNTS)
+        return [
+            None if binding.needs_conversion else find_experts(layer, shard.tensors, routed)
+            for layer, shard, binding in zip(self._built.layers, self._sharded.layers, bindings, strict=True)
+        ]
 
     def _open_stream(self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], loader: Loader) -> WeightStream:
         reader = self._open_reader([place.piece for place in placed if place.tier is Tier.DISK])

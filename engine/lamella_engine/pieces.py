@@ -6,24 +6,36 @@ brings pieces to where they are computed; `disk_reader` and `file_reads` fetch t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from lamella_engine.errors import ShardError
+from lamella_engine.experts import ExpertBytes, Range
 from lamella_engine.placement import HeadPlacement, Plan, Tier
 from lamella_engine.shard import Shard, ShardedModel, TensorSpec
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`nbytes` bytes of the file `path` from `start` on; `digest` names the file's contents."""
+    """`nbytes` bytes of the file `path` from `start` on; `digest` names the file's contents.
+
+    `experts` says which of them need not come with the rest.
+    """
 
     name: str
     path: Path
     start: int
     nbytes: int
     digest: str
+    experts: ExpertBytes | None = None
+
+    def ranges(self, *, is_sparse: bool) -> list[Range]:
+        """Offset and length of what is brought ahead: everything, or all but the experts."""
+        if is_sparse and self.experts is not None:
+            return self.experts.others(self.nbytes)
+        return [(0, self.nbytes)]
 
     @property
     def key(self) -> str:
@@ -39,9 +51,9 @@ class PlacedPiece:
     tier: Tier
 
 
-def layer_piece(shard: Shard, index: int) -> Piece:
+def layer_piece(shard: Shard, index: int, experts: ExpertBytes | None = None) -> Piece:
     """The piece that is one decoder layer."""
-    return Piece(f"layer {index}", shard.path, shard.data_start, shard.nbytes, shard.digest)
+    return Piece(f"layer {index}", shard.path, shard.data_start, shard.nbytes, shard.digest, experts)
 
 
 def tensor_piece(shard: Shard, spec: TensorSpec) -> Piece:
@@ -65,11 +77,13 @@ def head_rows(num_rows: int, num_blocks: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def place_pieces(sharded: ShardedModel, plan: Plan, head: TensorSpec | None) -> tuple[PlacedPiece, ...]:
+def place_pieces(
+    sharded: ShardedModel, plan: Plan, head: TensorSpec | None, experts: Sequence[ExpertBytes | None]
+) -> tuple[PlacedPiece, ...]:
     """All pieces in sweep order: the layers, then the blocks of a streamed head (`head` is its weight in the root)."""
     placed = [
-        PlacedPiece(layer_piece(shard, place.layer), place.tier)
-        for shard, place in zip(sharded.layers, plan.layers, strict=True)
+        PlacedPiece(layer_piece(shard, place.layer, own), place.tier)
+        for shard, place, own in zip(sharded.layers, plan.layers, experts, strict=True)
     ]
     return (*placed, *_head_pieces(sharded.root, plan.head, head))
 

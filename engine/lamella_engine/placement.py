@@ -19,6 +19,18 @@ class Tier(StrEnum):
 
 
 @dataclass(frozen=True)
+class ExpertSizes:
+    """Routed experts that can be fetched one by one: `count` in a layer, of which a token visits `routed`.
+
+    `layers` has the bytes of all experts of each layer, 0 for a dense one.
+    """
+
+    count: int
+    routed: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ModelSizes:
     """A model in figures, all the planner needs to know of it; bytes as stored in the shards.
 
@@ -29,13 +41,15 @@ class ModelSizes:
         head: bytes of the output head's weight; 0 where it shares the embedding table (`is_tied`).
         is_tied: the head is the embedding table.
         other: bytes of everything else outside the layers (norms, learned positions).
-        kv_bytes_per_token: keys and values of one token in all layers, in the compute dtype.
+        kv_bytes_per_token: keys and values of one token in all layers, in the compute dtype, or its part of a
+            sequence's state.
         expansion: bytes in the compute dtype per stored byte of a layer (1.0 where they are equal).
         active_parameters: weights that one token multiplies with, head included.
         hidden_size, intermediate_size, attention_width, vocabulary: widths that size the activations
             (`attention_width`: query heads times head width).
         itemsize: bytes of a number in the compute dtype.
         context_length: tokens a sequence may have.
+        experts: None for a dense model.
     """
 
     name: str
@@ -53,6 +67,10 @@ class ModelSizes:
     vocabulary: int
     itemsize: int
     context_length: int
+    activation_bytes: int = 0
+    score_heads: int = 0
+    reads_whole: bool = False
+    experts: ExpertSizes | None = None
 
     @property
     def head_bytes(self) -> int:

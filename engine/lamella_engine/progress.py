@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 DOWNLOAD: Final = "download"
 BUILD: Final = "build"
+CONVERT: Final = "convert"
 CHECK: Final = "check"
 
 

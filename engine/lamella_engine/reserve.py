@@ -19,6 +19,7 @@ MIN_SWEEP_TOKENS = 64
 MAX_SWEEP_TOKENS = 4096
 _KV_SHARE = 8  # keys and values may have an eighth of the budget unless they are asked for
 _WORKSPACE_SHARE = 16  # and the workspace a sixteenth, beside what graphs take
+_WHOLE_SHARE = 4  # or a quarter, where a sweep must carry a whole prompt
 
 # The allocator of a GPU takes large blocks from the driver by whole pages of 2 MiB, smaller ones in shared segments: of
 # 20 MiB above 1 MiB, else of 2 MiB.
@@ -73,7 +74,9 @@ def reserve(sizes: ModelSizes, wishes: Wishes, budget: int, base: int, sweep_lim
     """
     kv_floor, kv_wanted = _kv_floor(sizes, wishes), _kv_wanted(sizes, wishes)
     sweep_floor = _sweep_floor(wishes)
-    sweep_wanted = wishes.sweep_tokens or max(sweep_floor, min(sweep_limit, MAX_SWEEP_TOKENS))
+    useful = max(sweep_limit, sizes.context_length + wishes.max_sequences) if sizes.reads_whole else sweep_limit
+    sweep_wanted = wishes.sweep_tokens or max(sweep_floor, min(useful, MAX_SWEEP_TOKENS))
+    workspace_share = _WHOLE_SHARE if sizes.reads_whole else _WORKSPACE_SHARE
     least_kv, least_sweep = _kv_cost(sizes, wishes, kv_floor), _sweep_cost(sizes, wishes, sweep_floor)
     spare = budget - base - least_kv - least_sweep
     if spare < 0:
@@ -82,7 +85,7 @@ def reserve(sizes: ModelSizes, wishes: Wishes, budget: int, base: int, sweep_lim
     spare -= for_kv - least_kv
     for_sweep = min(
         _sweep_cost(sizes, wishes, sweep_wanted),
-        max(least_sweep, min(budget // _WORKSPACE_SHARE + _graph_cost(sizes, wishes), least_sweep + spare)),
+        max(least_sweep, min(budget // workspace_share + _graph_cost(sizes, wishes), least_sweep + spare)),
     )
     floor_pages, wanted_pages = kv_floor // PAGE_TOKENS, kv_wanted // PAGE_TOKENS
     pages = _largest(floor_pages, wanted_pages, lambda count: _kv_cost(sizes, wishes, count * PAGE_TOKENS) <= for_kv)

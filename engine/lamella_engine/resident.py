@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lamella_engine.architecture import Architecture, table_names
 from lamella_engine.binding import TORCH_DTYPES
@@ -78,5 +79,17 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
         path, _, leaf = name.rpartition(".")
         owner = owners[path] = model.get_submodule(path)
         owner._buffers[leaf] = torch.empty_like(buffer, device=device)
-    for owner in owners.values():
-        model._init_weights(owner)  # type: ignore[operator] # transformers' own
+    # What a module cannot compute alone, one around it does.
+    around = {path.rpartition(".")[0] for path in owners}
+    while around:
+        owners |= {path: model.get_submodule(path) for path in around}
+        around = {path.rpartition(".")[0] for path in around} - owners.keys()
+    for path, owner in owners.items():
+        _model_around(model, path)._init_weights(owner)
+
+
+def _model_around(model: nn.Module, path: str) -> PreTrainedModel:
+    """The innermost of transformers' models that the module at `path` is or lies in: its rules initialise it."""
+    while not isinstance(inner := model.get_submodule(path), PreTrainedModel):
+        path = path.rpartition(".")[0]
+    return inner

@@ -9,23 +9,54 @@ oldest one day. Pages belong to `kv_cache`, tokens and events to `sequence`; `en
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from lamella_engine.kv_cache import KVCache, PageCopy, pages_for
+from lamella_engine.kv_cache import PageCopy
 from lamella_engine.packing import Span
 from lamella_engine.sequence import Sequence
+from lamella_engine.stepwise import StepSpan
+
+Place = TypeVar("Place")
 
 
 class Ride(NamedTuple):
     """One sequence's part in a sweep; `completes` says that its next token is chosen after it."""
 
     sequence: Sequence
-    span: Span
+    span: Span | StepSpan
     completes: bool
+
+
+class Pool(Protocol[Place]):
+    """The memory that sequences run in, in pages: `kv_cache.KVCache` or `state_pool.StatePool`."""
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that a sequence of `tokens` tokens needs."""
+
+    def open_table(self, tokens: int) -> Place | None:
+        """A place for `tokens` tokens; None, and nothing taken, if the pool is short."""
+
+    def grow(self, table: Place, start: int, end: int) -> list[PageCopy] | None:
+        """Let `table`, with `start` tokens computed, have `end`; what must be copied, or None if the pool is short."""
+
+    def share(self, table: Place, computed: int) -> Place | None:
+        """A place for one that goes on from the first `computed` tokens; None if the pool is short."""
+
+    def release(self, table: Place) -> None:
+        """Free what `table` holds."""
+
+    def copy_pages(self, copies: list[PageCopy]) -> None:
+        """Carry out what `grow` asked for."""
 
 
 class Scheduler:
     """The sequences of one engine; used by the sweep thread only.
+
+    With `reads_whole` a sequence reads its prompt in one step, and every later token is a step of its own.
 
     Attributes:
         running: those that hold pages and ride every sweep, oldest first.
@@ -33,11 +64,12 @@ class Scheduler:
         preemptions: how often one that ran was sent back.
     """
 
-    def __init__(self, cache: KVCache, max_sequences: int, sweep_tokens: int) -> None:
+    def __init__(self, cache: Pool[Any], max_sequences: int, sweep_tokens: int, *, reads_whole: bool = False) -> None:
         assert max_sequences <= sweep_tokens, "everyone who runs gets a token in every sweep"
         self._cache = cache
         self._max_sequences = max_sequences
         self._sweep_tokens = sweep_tokens
+        self._reads_whole = reads_whole
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -53,21 +85,27 @@ class Scheduler:
     def rides(self) -> list[Ride]:
         """Everyone's span for the next sweep, within the token budget and with pages to write to."""
         self._grow()
+        counts = self._whole_counts() if self._reads_whole else self._counts()
         return [
             Ride(sequence, sequence.span(count), count == sequence.pending)
-            for sequence, count in zip(self.running, self._counts(), strict=True)
+            for sequence, count in zip(self.running, counts, strict=True)
+            if count
         ]
 
     def fork(self, sequence: Sequence) -> list[Sequence]:
-        """Start the samples that wait for this one's prompt, on the same pages; it and they, in order."""
+        """Start the samples that wait for this one's prompt, from what it has; it and they, in order.
+
+        Where a copy is needed and there is no room for it, a sample waits and reads the prompt itself.
+        """
         siblings, sequence.siblings = sequence.siblings, []
         if siblings:
             assert sequence.table is not None, "a prompt that was read is in the cache"
             for sibling in siblings:
                 sibling.table = self._cache.share(sequence.table, sequence.computed)
-                sibling.computed = sequence.computed
+                sibling.computed = sequence.computed if sibling.table is not None else 0
             behind = self.running.index(sequence) + 1
-            self.running[behind:behind] = siblings
+            self.running[behind:behind] = [sibling for sibling in siblings if sibling.table is not None]
+            self.waiting.extendleft(sibling for sibling in reversed(siblings) if sibling.table is None)
         return [sequence, *siblings]
 
     def remove(self, sequence: Sequence) -> None:
@@ -94,7 +132,7 @@ class Scheduler:
         if places + sequence.places > self._max_sequences:
             return False
         growth = places + len(sequence.siblings)
-        return pages_for(sequence.length) + growth <= self._cache.free_pages
+        return self._cache.pages_for(sequence.length) + growth <= self._cache.free_pages
 
     def _grow(self) -> None:
         """Give everyone the pages it is about to write, oldest first, at the cost of the youngest."""
@@ -120,6 +158,22 @@ class Scheduler:
         sequence.computed = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
+
+    def _whole_counts(self) -> list[int]:
+        """As `_counts`, where prompts cannot be cut: who waits to read its own has none, and none overtakes it.
+
+        The engine refuses prompts that do not fit beside one token for everyone else.
+        """
+        counts = [int(sequence.computed > 0) for sequence in self.running]
+        left = self._sweep_tokens - sum(counts)
+        for index, sequence in enumerate(self.running):
+            if sequence.computed:
+                continue
+            if sequence.first_step > left:
+                break
+            counts[index] = sequence.first_step
+            left -= sequence.first_step
+        return counts
 
     def _counts(self) -> list[int]:
         """Tokens each running sequence brings, at least one; together no more than the budget.

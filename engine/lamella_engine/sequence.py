@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import replace
+from typing import Protocol
 
 from lamella_engine.detokenizer import Detokenizer
-from lamella_engine.kv_cache import PageTable
 from lamella_engine.packing import Span
 from lamella_engine.sampler import Choice, Draw
 from lamella_engine.sequence_types import (
@@ -23,6 +23,14 @@ from lamella_engine.sequence_types import (
     SequenceRequest,
     SequenceTokens,
 )
+from lamella_engine.stepwise import StepSpan
+
+
+class Table(Protocol):
+    """A sequence's place in memory: its pages in the key-value cache, or its state and the pages that stand for it."""
+
+    def span(self, token_ids: tuple[int, ...], start: int) -> Span | StepSpan:
+        """These tokens, which come behind `start` others, for one sweep."""
 
 
 class Sequence:
@@ -34,7 +42,7 @@ class Sequence:
         siblings: samples that start once this one has read the prompt they share; they run nowhere before.
         prompt_ids, generated_ids: its tokens.
         computed: tokens whose keys and values are in the cache.
-        table: its pages in the key-value cache while it runs, else None.
+        table: its place in memory while it runs, else None.
         reason: why it ended, None while it lives.
         sweeps, streamed_bytes: sweeps it rode and the weight bytes they moved.
     """
@@ -55,7 +63,7 @@ class Sequence:
         self.prompt_ids = prompt_ids
         self.generated_ids: list[int] = []
         self.computed = 0
-        self.table: PageTable | None = None
+        self.table: Table | None = None
         self.reason: FinishReason | None = None
         self.sweeps = 0
         self.streamed_bytes = 0
@@ -85,11 +93,16 @@ class Sequence:
         return self.length - self.computed
 
     @property
+    def first_step(self) -> int:
+        """Tokens that come first where a prompt must be read in one step: all of it, and nothing that was generated."""
+        return len(self.prompt_ids)
+
+    @property
     def is_reading(self) -> bool:
         """True while some of its tokens are being read in chunks: the prompt, or all it had after a preemption."""
         return self.pending > 1
 
-    def span(self, count: int) -> Span:
+    def span(self, count: int) -> Span | StepSpan:
         """Its next `count` tokens, for one sweep."""
         assert self.table is not None, "only an admitted sequence rides"
         end = self.computed + count
@@ -98,7 +111,7 @@ class Sequence:
             self.prompt_ids[self.computed : end]
             + self.generated_ids[max(self.computed - split, 0) : max(end - split, 0)]
         )
-        return Span(tuple(tokens), self.computed, self.table.slots)
+        return self.table.span(tuple(tokens), self.computed)
 
     def ride(self, count: int, streamed_bytes: int) -> None:
         """Take note of a sweep that computed `count` of its tokens and moved `streamed_bytes` of weights."""

@@ -6,6 +6,7 @@ Owns names, publication, locks and the decision whether what is stored is what w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -15,22 +16,26 @@ from pathlib import Path
 
 import torch
 
-from lamella_engine import architecture, hub, names, shard_builder
+from lamella_engine import architecture, dequantise, hub, names, originals, shard_builder
 from lamella_engine.checkpoint import DirectoryCheckpoint
 from lamella_engine.errors import CheckpointError, ModelError, ModelNotFound, OptionError, ShardError
 from lamella_engine.gguf_checkpoint import GgufCheckpoint
 from lamella_engine.manifest import MANIFEST_FILE, Manifest, read_manifest
 from lamella_engine.model_lock import ModelLock
 from lamella_engine.options import DTYPES
+from lamella_engine.originals import Deleted
+from lamella_engine.pickled_checkpoint import PickledCheckpoint
 from lamella_engine.progress import Progress, silent
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_builder import BuildRequest
 from lamella_engine.shard_check import check_files, read_shard_layout
 from lamella_engine.shard_writer import as_model_error, sync_directory
+from lamella_engine.weight_files import has_weights
 from lamella_engine.weight_source import SourceKind, WeightSource
 
 logger = logging.getLogger(__name__)
 
+CONVERTED_DIRECTORY = ".converted"  # pickles on their way to shards, one directory a model
 STORE_VARIABLE = "LAMELLA_STORE"
 BUILD_WAIT_S = 2 * 3600.0
 _REMOVE_WAIT_S = 1.0
@@ -39,6 +44,9 @@ _REMOVE_WAIT_S = 1.0
 def default_store_root() -> Path:
     """The directory in LAMELLA_STORE, else ``~/.cache/lamella/shards``."""
     return Path(os.environ.get(STORE_VARIABLE) or "~/.cache/lamella/shards").expanduser()
+
+
+_Local = WeightSource | PickledCheckpoint
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,13 @@ class ShardStore:
             ModelError: the store has a model of that name from elsewhere or in another dtype, or another process
                 works on it for longer than `build_wait_s`.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}, or None for the source's own")
-        report = progress or silent
+        _check_dtype(dtype)
         wanted = self._wanted(model, source, dtype)
-        local = open_source(wanted.origin) if wanted.origin is not None and os.path.exists(wanted.origin) else None
+        return self._ensured(wanted, self._local(wanted), offline, hub_token, progress or silent)
+
+    def _ensured(
+        self, wanted: _Wanted, local: _Local | None, offline: bool, hub_token: str | None, report: Progress
+    ) -> ShardedModel:
         manifest = self._current(wanted, local)
         if manifest is None:
             try:
@@ -101,6 +111,48 @@ class ShardStore:
             except OSError as error:
                 raise as_model_error(error, self.root, 0) from error
         return self._open(manifest, report)
+
+    def import_pickled(
+        self, name: str, path: Path, *, dtype: str | None = None, progress: Progress | None = None
+    ) -> ShardedModel:
+        """Open `name`, building it first from a directory of pickled weights, which the caller trusts.
+
+        Args:
+            name: the name that the model gets.
+            path: directory with ``pytorch_model.bin`` or its index; see `pickled_checkpoint` for how they are opened.
+            dtype, progress: as for `ensure`.
+
+        Raises:
+            CheckpointError: a pickle holds anything but tensors, or is damaged; nothing is left behind.
+            ModelError: as for `ensure`.
+        """
+        _check_dtype(dtype)
+        pickled = PickledCheckpoint.open(Path(os.path.expanduser(path)))
+        return self._ensured(self._wanted(name, pickled.path, dtype), pickled, False, None, progress or silent)
+
+    def delete_original(self, name: str, named: Path | None = None, *, progress: Progress | None = None) -> Deleted:
+        """Delete the weight files that the model was built from, once its shards are proved to be whole.
+
+        Args:
+            name: a model of the store.
+            named: the directory or file that the caller means; files of a checkpoint on this host are deleted only if
+                it is the one that was built from. A model from the hub was fetched by the store's own doing.
+            progress: told of checking.
+
+        Returns:
+            What was deleted; nothing if the original is gone already, or was not named.
+
+        Raises:
+            ShardError: the shards are not whole; nothing was deleted.
+            ModelError: the original changed since, or holds more than the shards do; nothing was deleted.
+        """
+        manifest = self._published(name)
+        try:
+            with self._lock(name).held(name, self._build_wait_s):
+                self.verify(name, progress=progress)
+                return originals.delete(manifest, named, self.root)
+        except OSError as error:
+            raise as_model_error(error, self.root, 0) from error
 
     def open(self, name: str, *, progress: Progress | None = None) -> ShardedModel:
         """Open a model that is in the store.
@@ -143,14 +195,17 @@ class ShardStore:
             ModelError: another process is building it.
         """
         directory = self._directory(name)
-        if not directory.is_dir():
+        places = [place for place in (directory, self._converted(name)) if place.is_dir()]
+        if not places:
             raise self._not_found(name)
         try:
             with self._lock(name).held(name, _REMOVE_WAIT_S):
-                nbytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-                (directory / MANIFEST_FILE).unlink(missing_ok=True)
-                sync_directory(directory)
-                shutil.rmtree(directory)
+                nbytes = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
+                if directory in places:
+                    (directory / MANIFEST_FILE).unlink(missing_ok=True)
+                    sync_directory(directory)
+                for place in places:
+                    shutil.rmtree(place)
         except OSError as error:
             raise ShardError(f"cannot remove {directory}: {error.strerror or error}") from error
         return nbytes
@@ -173,6 +228,9 @@ class ShardStore:
 
     def _directory(self, name: str) -> Path:
         return self.root / names.directory_name(name)
+
+    def _converted(self, name: str) -> Path:
+        return self.root / CONVERTED_DIRECTORY / names.directory_name(name)
 
     def _lock(self, name: str) -> ModelLock:
         return ModelLock(self.root / ".locks", names.directory_name(name))
@@ -212,7 +270,17 @@ class ShardStore:
             return _Wanted(names.name_from_path(path), path, dtype)
         return _Wanted(names.check_model_name(model), None, dtype)
 
-    def _current(self, wanted: _Wanted, local: WeightSource | None) -> Manifest | None:
+    def _local(self, wanted: _Wanted) -> WeightSource | None:
+        """The checkpoint on this host that was named; None if none was, or only the model built from it is left."""
+        origin = wanted.origin
+        if origin is None or not os.path.exists(origin):
+            return None
+        is_built = self._is_published(wanted.name) and self._published(wanted.name).source == str(origin.resolve())
+        if is_built and origin.is_dir() and not has_weights(origin):
+            return None
+        return open_source(origin, expand_to=wanted.dtype)
+
+    def _current(self, wanted: _Wanted, local: _Local | None) -> Manifest | None:
         """What is published if it is what is wanted; None if it has to be built."""
         if not self._is_published(wanted.name):
             return None
@@ -233,14 +301,27 @@ class ShardStore:
         return None
 
     def _build(
-        self, wanted: _Wanted, local: WeightSource | None, offline: bool, hub_token: str | None, progress: Progress
+        self, wanted: _Wanted, local: _Local | None, offline: bool, hub_token: str | None, progress: Progress
     ) -> Manifest:
+        if isinstance(local, PickledCheckpoint):
+            return self._build_pickled(wanted, local, progress)
         if local is not None:
             kind = SourceKind.GGUF if isinstance(local, GgufCheckpoint) else SourceKind.DIRECTORY
             request = BuildRequest(wanted.name, local, kind, str(local.path.resolve()), None, wanted.dtype)
         else:
             request = self._fetch(wanted, offline, hub_token, progress)
         return shard_builder.build(request, self._directory(wanted.name), progress)
+
+    def _build_pickled(self, wanted: _Wanted, pickled: PickledCheckpoint, progress: Progress) -> Manifest:
+        place = self._converted(wanted.name)
+        location = str(pickled.path.resolve())
+        try:
+            with pickled.converted(place, progress, expand_to=wanted.dtype) as source:
+                request = BuildRequest(wanted.name, source, SourceKind.DIRECTORY, location, None, wanted.dtype)
+                return shard_builder.build(request, self._directory(wanted.name), progress)
+        finally:
+            with contextlib.suppress(OSError):
+                place.parent.rmdir()  # stays while another model is converted in it
 
     def _fetch(self, wanted: _Wanted, offline: bool, hub_token: str | None, progress: Progress) -> BuildRequest:
         name = wanted.name
@@ -258,9 +339,14 @@ class ShardStore:
             if type(error) not in (ModelError, ModelNotFound):
                 raise
             raise type(error)(f"{self._not_found(name)}, and fetching it failed: {error}") from error
-        architecture.build(architecture.load_config(pinned.directory), torch.float32)
+        config = architecture.load_config(pinned.directory)
+        settings = dequantise.find_settings(config, pinned.directory)
+        if settings is not None:
+            dequantise.check_settings(settings)
+        dequantise.forget_settings(config)
+        architecture.build(config, torch.float32)
         snapshot = hub.download(f"{repository}@{pinned.revision}", token=hub_token, progress=progress)
-        source = DirectoryCheckpoint.open(snapshot.directory)
+        source = DirectoryCheckpoint.open(snapshot.directory, expand_to=wanted.dtype)
         return BuildRequest(name, source, SourceKind.HUB, f"hub:{repository}", snapshot.revision, wanted.dtype)
 
     def _open(self, manifest: Manifest, progress: Progress) -> ShardedModel:
@@ -273,15 +359,24 @@ class ShardStore:
         return ShardedModel(manifest.name, directory, manifest.dtype, root, tuple(layers), size_bytes)
 
 
-def open_source(origin: Path) -> WeightSource:
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}, or None for the source's own")
+
+
+def open_source(origin: Path, *, expand_to: str | None = None) -> WeightSource:
     """Open a checkpoint directory or a ``.gguf`` file and check its headers.
+
+    Args:
+        origin: the directory or file.
+        expand_to: torch dtype name that packed tensors of a directory expand to; None means what its config names.
 
     Raises:
         ModelNotFound: nothing is there.
         CheckpointError: it is corrupt, incomplete or of another kind.
     """
     if origin.is_dir():
-        return DirectoryCheckpoint.open(origin)
+        return DirectoryCheckpoint.open(origin, expand_to=expand_to)
     if origin.suffix.lower() == ".gguf":
         return GgufCheckpoint.open(origin)
     if not origin.exists():

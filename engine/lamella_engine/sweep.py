@@ -1,4 +1,4 @@
-"""One sweep: every layer of the model passes the compute device once, for all packed sequences together.
+"""One sweep: every layer of the model passes the compute device once, for all sequences together.
 
 Owns the model in memory: what lies outside the layers, and the binding of each layer to the bytes that the weight
 stream brings. `Model.forward` of transformers is kept as it is; only the layers' own forward is wrapped.
@@ -6,9 +6,10 @@ stream brings. `Model.forward` of transformers is kept as it is; only the layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -20,12 +21,17 @@ from lamella_engine.architecture import Architecture
 from lamella_engine.attention import IMPLEMENTATION, sweep_attention
 from lamella_engine.binding import LayerBinding
 from lamella_engine.errors import EngineError
+from lamella_engine.family_path import FamilyPath
 from lamella_engine.graph_recorder import Recorder
 from lamella_engine.kv_cache import KVCache
+from lamella_engine.kv_shape import context_tokens
 from lamella_engine.layer_graphs import DecodeBucket, LayerGraphs, RecordError
 from lamella_engine.packing import Pack, PackedSweep, Span
 from lamella_engine.placement import Plan, Tier
+from lamella_engine.sequence_state import StateForward
 from lamella_engine.shard import ShardedModel
+from lamella_engine.state_pool import StatePool, unit_bytes
+from lamella_engine.stepwise import SideBySide, StepPack, StepSpan
 from lamella_engine.timeline import Timeline
 from lamella_engine.weight_stream import BoundSlot, WeightStream
 from lamella_engine.workspace import gather_tokens
@@ -54,8 +60,10 @@ class SweepModel:
         sharded: the shards it runs from.
         plan: where everything is.
         timeline: what moved, and when.
-        streamed_bytes_per_sweep: weight bytes that one sweep moves, from disk or from RAM to a device.
+        swept_bytes: weight bytes that the last sweep moved, from disk or from RAM to a device.
         device, dtype: where and in which type it computes.
+        path: how sequences meet its layers.
+        reads_whole: a prompt must be read in one step.
         config: the text model's transformers config.
     """
 
@@ -76,9 +84,8 @@ class SweepModel:
         self.config = built.config
         self.family = built.family
         self._tier_bytes = (plan.layer_bytes(Tier.DISK), plan.layer_bytes(Tier.RAM), plan.layer_bytes(Tier.VRAM))
-        self.streamed_bytes_per_sweep = self._tier_bytes[0] + (0 if plan.vram is None else self._tier_bytes[1])
+        self.swept_bytes = 0
         self._model = built.model
-        self._model.set_attn_implementation(IMPLEMENTATION)
         self._keeps_rows = "logits_to_keep" in signature(self._model.forward).parameters
         self._windows = architecture.sliding_windows(built.config, len(built.layers))
         self._bindings = weights.bindings
@@ -89,16 +96,45 @@ class SweepModel:
         self._resources = resources
         self._layers_run = 0
         self._is_interrupted = False  # a sweep failed half-way, the stream is not at the first layer
-        for index, layer in enumerate(built.layers):
-            layer.forward = self._streamed(index, layer.forward)
+        self.path = built.path
+        self._state_size = built.state_size
+        self._context_tokens = context_tokens(built.config)
+        self.reads_whole = built.path is FamilyPath.STEPWISE and not built.reads_in_parts
+        self._state_forward: StateForward | None = None
+        if built.path is FamilyPath.STEPWISE:
+            self._state_forward = StateForward(self._model, device)
+            head = self._model.get_output_embeddings()
+            self._side_by_side = SideBySide(
+                built.layers, head, () if self._state_size is None else self._state_size.in_modules
+            )
+        else:
+            self._model.set_attn_implementation(IMPLEMENTATION)
+            for index, layer in enumerate(built.layers):
+                layer.forward = self._streamed(index, layer.forward)
 
-    def pack(self, spans: list[Span]) -> Pack:
+    @property
+    def keeps_state(self) -> bool:
+        """False for families that compute the whole text again for every token."""
+        return self._state_forward is None or self._state_forward.keeps_state
+
+    def open_pool(self) -> KVCache | StatePool:
+        """What its sequences are to run in; the caller closes it."""
+        if self._state_size is None:
+            return KVCache(self.plan.kv_tokens, self.device)
+        return StatePool(self.plan.kv_tokens, self._state_size, unit_bytes(self._state_size, self._context_tokens))
+
+    def pack(self, spans: Sequence[Span | StepSpan]) -> Pack | StepPack:
         """Pack the spans of the next sweep, which `run` then takes; always with the same cache, as graphs know it."""
+        if self._state_forward is not None:
+            return StepPack(tuple(span for span in spans if isinstance(span, StepSpan)))
+        return self._packed_row([span for span in spans if isinstance(span, Span)])
+
+    def _packed_row(self, spans: list[Span]) -> Pack:
         with torch.inference_mode():
             self._bucket = self._graphs.bucket(spans)
             return PackedSweep(spans, self.device, self._gather_tokens) if self._bucket is None else self._bucket.pack
 
-    def run(self, pack: Pack, cache: KVCache) -> torch.Tensor:
+    def run(self, pack: Pack | StepPack, cache: KVCache | StatePool) -> torch.Tensor:
         """Run one sweep, from the first layer whatever became of the one before.
 
         Returns:
@@ -114,19 +150,19 @@ class SweepModel:
             self._stream.end_sweep()
         self._is_interrupted = True
         self._layers_run = 0
-        with torch.inference_mode(), sweep_attention(pack, cache, self._windows):
-            output = self._model(
-                input_ids=pack.input_ids,
-                position_ids=pack.position_ids,
-                use_cache=False,
-                **({"logits_to_keep": pack.last_rows} if self._keeps_rows else {}),
-            )
-            if self._layers_run != len(self._bindings):
-                raise EngineError(f"the model ran {self._layers_run} of its {len(self._bindings)} layers in this sweep")
-            logits: torch.Tensor = output.logits[0] if self._keeps_rows else output.logits[0, pack.last_rows]
+        before = self._moved_bytes()
+        with torch.inference_mode():
+            if isinstance(pack, StepPack):
+                self._stream.expect(pack.num_tokens)
+                logits = self._run_steps(pack)
+            else:
+                assert isinstance(cache, KVCache), "`open_pool` gave it"
+                self._stream.expect(pack.input_ids.shape[-1])
+                logits = self._run_row(pack, cache)
             logits = logits.float()
         self._is_interrupted = False
         self.timeline.add_sweep_bytes(*self._tier_bytes)
+        self.swept_bytes = self._moved_bytes() - before
         return logits
 
     def close(self) -> None:
@@ -142,12 +178,38 @@ class SweepModel:
             _forget_tensors(module)
         self._resources.close()
 
+    def _moved_bytes(self) -> int:
+        """Since the model was opened: on a CPU from disk, else to the device."""
+        totals = self.timeline.totals()
+        return totals.disk_bytes + (0 if self.plan.vram is None else totals.ram_bytes)
+
+    def _run_row(self, pack: Pack, cache: KVCache) -> torch.Tensor:
+        with sweep_attention(pack, cache, self._windows):
+            output = self._model(
+                input_ids=pack.input_ids,
+                position_ids=pack.position_ids,
+                use_cache=False,
+                **({"logits_to_keep": pack.last_rows} if self._keeps_rows else {}),
+            )
+        if self._layers_run != len(self._bindings):
+            raise EngineError(f"the model ran {self._layers_run} of its {len(self._bindings)} layers in this sweep")
+        logits: torch.Tensor = output.logits[0] if self._keeps_rows else output.logits[0, pack.last_rows]
+        return logits
+
+    def _run_steps(self, pack: StepPack) -> torch.Tensor:
+        assert self._state_forward is not None, "`pack` made it"
+        steps = [(span.state, partial(self._state_forward, span.state, span.token_ids)) for span in pack.spans]
+        return torch.stack(self._side_by_side.run(steps, self._bring_layer, self._stream.release))
+
+    def _bring_layer(self, index: int) -> None:
+        self._bindings[index].bind(self._stream.acquire(index))
+
     def _streamed(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         binding = self._bindings[index]
 
         def run_layer(*args: Any, **kwargs: Any) -> Any:
             slot = self._stream.acquire(index)
-            if self._bucket is None:
+            if self._bucket is None or self._stream.fetches(index):  # a graph could not ask for experts
                 binding.bind(slot)
                 result = forward(*args, **kwargs)
             else:

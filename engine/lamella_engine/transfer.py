@@ -24,6 +24,7 @@ class DeviceSlot:
         self.key = key
         self.tensor = tensor
         self.piece: int | None = None  # what it holds, or held last
+        self.is_sparse = False  # it came without its experts
         self.round = 0  # of which sweep
 
 
@@ -31,7 +32,7 @@ class Transfer(Protocol):
     """Copies in order on one lane, and computing on another.
 
     `begin_piece`, `copy`, `when_copied` and `end_piece` belong to the copying thread; `await_piece`, `begin_compute`,
-    `end_compute` and `end_sweep` to the sweep thread. Pieces are numbered in sweep order.
+    `copy_now`, `when_used`, `end_compute` and `end_sweep` to the sweep thread. Pieces are numbered in sweep order.
     """
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -48,6 +49,12 @@ class Transfer(Protocol):
 
     def when_copied(self) -> Callable[[], None]:
         """Something to call that returns once all copies so far have ended."""
+
+    def copy_now(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy host bytes to device memory before anything that is computed from here on; returns at once."""
+
+    def when_used(self) -> Callable[[], None]:
+        """Something to call that returns once all of `copy_now` so far has ended."""
 
     def end_piece(self, number: int, slot: DeviceSlot) -> None:
         """The copies of the piece are complete with those made so far."""
@@ -122,6 +129,16 @@ class CudaTransfer:
         """See `Transfer`."""
         event = _event(is_blocking=True)
         event.record(self._stream)
+        return event.synchronize
+
+    def copy_now(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """See `Transfer`; on the computing stream, so that it does not wait for what is copied ahead."""
+        target.copy_(source, non_blocking=True)
+
+    def when_used(self) -> Callable[[], None]:
+        """See `Transfer`."""
+        event = _event(is_blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
         return event.synchronize
 
     def end_piece(self, number: int, slot: DeviceSlot) -> None:

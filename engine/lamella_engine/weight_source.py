@@ -62,6 +62,14 @@ class WeightSource(Protocol):
         """Torch dtype name of most of its bytes (of what they expand to, for packed formats)."""
 
     @property
+    def packing(self) -> str | None:
+        """The packed format that its weights arrive in, in words; None if they are plain numbers."""
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold its weights."""
+
+    @property
     def num_tensors(self) -> int:
         """How many tensors the source files hold."""
 

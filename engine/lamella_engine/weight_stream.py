@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from lamella_engine.disk_reader import DiskReader, FilledChunk
+from lamella_engine.disk_reader import ALL_TOKENS, DiskReader, FilledChunk
 from lamella_engine.errors import EngineError
+from lamella_engine.experts import ExpertBytes, Range
 from lamella_engine.file_reads import STALL_S
 from lamella_engine.pieces import PlacedPiece
 from lamella_engine.placement import Tier
@@ -45,6 +46,15 @@ class WeightStream(Protocol):
 
     def acquire(self, number: int) -> BoundSlot:
         """The bytes of piece `number`, which must be the next one in sweep order, until `release`."""
+
+    def fetches(self, number: int) -> bool:
+        """Whether piece `number` may come without its experts, which then have to be fetched."""
+
+    def fetch(self, number: int, experts: Sequence[int]) -> None:
+        """Bring what is missing of `experts` to the acquired piece `number`, before anything computed from here on."""
+
+    def expect(self, tokens: int) -> None:
+        """Say how many tokens the next sweeps carry, which decides what comes without its experts."""
 
     def release(self, number: int) -> None:
         """Give the acquired piece's buffer back."""
@@ -75,6 +85,7 @@ class HostStream:
         self._timeline = timeline
         self._on_disk = [number for number, place in enumerate(placed) if place.tier is Tier.DISK]
         self._held: FilledChunk | None = None
+        self._experts = _Experts(placed, timeline)
         self._began_s = 0.0
         if reader is not None:
             reader.start()
@@ -87,8 +98,26 @@ class HostStream:
             self._held = self._reader.next_filled()
             _check_order(self._placed, self._on_disk[self._held.piece], number)
             slot = BoundSlot(("ring", self._held.tensor.data_ptr()), self._held.tensor)
+            if self._held.is_sparse:
+                self._experts.begin(number)
         self._began_s = time.perf_counter()
         return slot
+
+    def fetches(self, number: int) -> bool:
+        """See `WeightStream`."""
+        return number not in self._resident and self._placed[number].piece.experts is not None
+
+    def fetch(self, number: int, experts: Sequence[int]) -> None:
+        """See `WeightStream`."""
+        if self._held is None or self._reader is None or not self._held.is_sparse:
+            return
+        if ranges := self._experts.missing(number, experts):
+            self._reader.fill(self._held, ranges)
+
+    def expect(self, tokens: int) -> None:
+        """See `WeightStream`."""
+        if self._reader is not None:
+            self._reader.expect(tokens)
 
     def release(self, number: int) -> None:
         """See `WeightStream`."""
@@ -145,9 +174,12 @@ class DeviceStream:
         self._transfer = transfer
         self._timeline = timeline
         self._streamed = [number for number, place in enumerate(placed) if place.tier is not Tier.VRAM]
+        self._on_disk = [number for number, place in enumerate(placed) if place.tier is Tier.DISK]
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._held: DeviceSlot | None = None
+        self._experts = _Experts(placed, timeline)
+        self._tokens = ALL_TOKENS
         self._has_swept = False
         self._is_closed = False
         self._start()
@@ -166,8 +198,35 @@ class DeviceStream:
             _check_order(self._placed, arrived, number)
             self._transfer.await_piece(number, self._held)
             bound = BoundSlot(("slot", self._held.key), self._held.tensor)
+            if self._held.is_sparse:
+                self._experts.begin(number)
         self._transfer.begin_compute(number)
         return bound
+
+    def fetches(self, number: int) -> bool:
+        """See `WeightStream`."""
+        return number not in self._resident and self._placed[number].piece.experts is not None
+
+    def fetch(self, number: int, experts: Sequence[int]) -> None:
+        """See `WeightStream`."""
+        if self._held is None or not self._held.is_sparse:
+            return
+        ranges, slot = self._experts.missing(number, experts), self._held.tensor
+        source = self._in_ram.get(number)
+        if source is not None:
+            for offset, nbytes in ranges:
+                self._transfer.copy_now(slot[offset : offset + nbytes], source[offset : offset + nbytes])
+        elif ranges:
+            assert self._reader is not None, "pieces on disk have a reader"
+            for chunk in self._reader.fetch(self._on_disk.index(number), ranges):
+                self._transfer.copy_now(slot[chunk.offset : chunk.offset + chunk.nbytes], chunk.tensor)
+                self._reader.give_back(chunk, self._transfer.when_used())
+
+    def expect(self, tokens: int) -> None:
+        """See `WeightStream`."""
+        self._tokens = tokens
+        if self._reader is not None:
+            self._reader.expect(tokens)
 
     def release(self, number: int) -> None:
         """See `WeightStream`."""
@@ -243,23 +302,55 @@ class DeviceStream:
             self._ready.put_nowait(error)
 
     def _fill(self, number: int, slot: DeviceSlot) -> None:
-        nbytes = self._placed[number].piece.nbytes
+        piece = self._placed[number].piece
         self._transfer.begin_piece(number, slot)
         source = self._in_ram.get(number)
         if source is not None:
-            self._transfer.copy(slot.tensor[:nbytes], source)
+            slot.is_sparse = piece.experts is not None and piece.experts.is_sparse(self._tokens)
+            for offset, nbytes in piece.ranges(is_sparse=slot.is_sparse):
+                self._transfer.copy(slot.tensor[offset : offset + nbytes], source[offset : offset + nbytes])
         else:
-            self._fill_from_disk(nbytes, slot)
+            self._fill_from_disk(slot)
         self._transfer.end_piece(number, slot)
 
-    def _fill_from_disk(self, nbytes: int, slot: DeviceSlot) -> None:
+    def _fill_from_disk(self, slot: DeviceSlot) -> None:
         assert self._reader is not None, "pieces on disk have a reader"
-        done = 0
-        while done < nbytes:
+        is_last = False
+        while not is_last:
             chunk = self._reader.next_filled()
+            slot.is_sparse, is_last = chunk.is_sparse, chunk.is_last
             self._transfer.copy(slot.tensor[chunk.offset : chunk.offset + chunk.nbytes], chunk.tensor)
             self._reader.give_back(chunk, self._transfer.when_copied())
-            done += chunk.nbytes
+
+
+class _Experts:
+    """Which experts of the acquired piece are there, and what the sweep moves because of it."""
+
+    def __init__(self, placed: Sequence[PlacedPiece], timeline: Timeline) -> None:
+        self._placed = placed
+        self._timeline = timeline
+        self._present: set[int] = set()
+
+    def begin(self, number: int) -> None:
+        """Piece `number` has come without any."""
+        self._present.clear()
+        self._count(number, -self._of(number).nbytes)
+
+    def missing(self, number: int, experts: Sequence[int]) -> list[Range]:
+        """Where the bytes of those of `experts` lie that are not there; the caller brings them."""
+        wanted = set(experts) - self._present
+        self._present |= wanted
+        self._count(number, len(wanted) * self._of(number).expert_bytes)
+        return self._of(number).ranges(wanted)
+
+    def _of(self, number: int) -> ExpertBytes:
+        experts = self._placed[number].piece.experts
+        assert experts is not None, "only pieces with experts come without them"
+        return experts
+
+    def _count(self, number: int, nbytes: int) -> None:
+        is_on_disk = self._placed[number].tier is Tier.DISK
+        self._timeline.add_sweep_bytes(nbytes if is_on_disk else 0, 0 if is_on_disk else nbytes, 0)
 
 
 def take_until_stopped(waiting: queue.Queue[Item], stop: threading.Event) -> Item | None:

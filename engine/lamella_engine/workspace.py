@@ -42,6 +42,7 @@ _LOGIT_COPIES = 4
 _MASKS = 2
 # What a bucket keeps for each token of its groups: where it lies (eight bytes), and masks.
 _BUCKET_BYTES_A_TOKEN = 8 + _MASKS
+_SCORE_COPIES = 4  # of scores that transformers writes out: scaled, masked, as weights, cast
 _NARROWEST_HEAD = 32  # numbers a head has at least, which bounds the heads that `attention_width` is made of
 
 
@@ -106,7 +107,8 @@ def _token_bytes(sizes: ModelSizes) -> int:
         + _ATTENTION_ROWS * sizes.attention_width
         + _INTERMEDIATE_ROWS * sizes.intermediate_size
     )
-    return widths * sizes.itemsize + _FLOAT32_HIDDEN_ROWS * sizes.hidden_size * FLOAT32_BYTES
+    measured = sizes.activation_bytes
+    return widths * sizes.itemsize + _FLOAT32_HIDDEN_ROWS * sizes.hidden_size * FLOAT32_BYTES + measured
 
 
 def _longest(sizes: ModelSizes, kv_tokens: int) -> int:
@@ -118,4 +120,6 @@ def _scratch_bytes(sizes: ModelSizes, sweep_tokens: int, kv_tokens: int) -> int:
     repeated = 2 * longest * sizes.attention_width * sizes.itemsize
     heads = -(-sizes.attention_width // _NARROWEST_HEAD)
     scores = 2 * heads * sweep_tokens * longest * FLOAT32_BYTES
+    if sizes.score_heads:
+        return repeated + _SCORE_COPIES * sizes.score_heads * sweep_tokens * longest * FLOAT32_BYTES
     return min(ATTENTION_SCRATCH_BYTES, repeated + scores)

@@ -65,7 +65,7 @@ def test_the_same_seed_generates_the_same_tokens(model: AutoModel) -> None:
 
 @pytest.mark.parametrize(
     "argument",
-    [{"compression": "4bit"}, {"prefetching": False}, {"delete_original": True}],
+    [{"compression": "4bit"}, {"prefetching": False}],
 )
 def test_what_is_not_supported_yet_is_refused(argument: dict[str, object], tiny_llama_dir: Path) -> None:
     with pytest.raises(OptionError, match="not supported yet"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lamella_engine import ShardStore
 from lamella_engine.checkpoint import DirectoryCheckpoint, read_bytes
@@ -50,6 +52,89 @@ def test_files_are_found_through_the_index_whatever_their_names(copied: Path, tm
     (copied / INDEX).write_text(json.dumps(index))
 
     assert len(ShardStore(tmp_path / "store").ensure("tiny", source=copied).layers) == 4
+
+
+@pytest.mark.parametrize("pattern", ["model-{:05d}-of-00003", "model_{}", "pytorch_model-{:02d}", "9-{}.weights", "{}"])
+def test_file_names_say_nothing_about_order_or_content(pattern: str, copied: Path, tmp_path: Path) -> None:
+    index = json.loads((copied / INDEX).read_text())
+    before = dict(DirectoryCheckpoint.open(copied).tensors.items())
+    old_names = sorted(set(index["weight_map"].values()), reverse=True)
+    new_names = {old: f"{pattern.format(number)}.safetensors" for number, old in enumerate(old_names)}
+    for old in old_names:
+        (copied / old).rename(copied / f"{new_names[old]}.moved")
+    for moved in copied.glob("*.moved"):
+        moved.rename(moved.with_suffix(""))
+    entries = list(index["weight_map"].items())
+    random.Random(7).shuffle(entries)
+    (copied / INDEX).write_text(json.dumps({"weight_map": {name: new_names[file] for name, file in entries}}))
+
+    opened = DirectoryCheckpoint.open(copied)
+
+    assert {name: entry.shape for name, entry in opened.tensors.items()} == {n: e.shape for n, e in before.items()}
+    assert len(ShardStore(tmp_path / "store").ensure("tiny", source=copied).layers) == 4
+
+
+def test_a_sole_file_needs_neither_the_usual_name_nor_an_index(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_llama_dir, tmp_path / "source"))
+    (source / "model.safetensors").rename(source / "Tiny-Llama.fp32.safetensors")
+    (source / "adapter_model.safetensors").write_bytes(b"no part of the model")
+    (source / "consolidated.safetensors").write_bytes(b"the same in another layout")
+
+    assert len(ShardStore(tmp_path / "store").ensure("tiny", source=source).layers) == 4
+
+
+def test_a_sole_index_needs_no_usual_name(copied: Path, tmp_path: Path) -> None:
+    (copied / INDEX).rename(copied / "model.fp32.safetensors.index.json")
+
+    assert len(ShardStore(tmp_path / "store").ensure("tiny", source=copied).layers) == 4
+
+
+def test_several_files_without_an_index_are_refused(copied: Path) -> None:
+    (copied / INDEX).unlink()
+
+    with pytest.raises(CheckpointError, match=r"holds \d safetensors files and no model\.safetensors\.index\.json"):
+        DirectoryCheckpoint.open(copied)
+
+
+def test_several_indexes_are_refused(copied: Path) -> None:
+    shutil.copy(copied / INDEX, copied / "a.safetensors.index.json")
+    (copied / INDEX).rename(copied / "b.safetensors.index.json")
+
+    with pytest.raises(CheckpointError, match="2 indexes"):
+        DirectoryCheckpoint.open(copied)
+
+
+def test_of_two_copies_the_one_counts_that_the_index_names(copied: Path, tmp_path: Path) -> None:
+    name, weight_map = "model.norm.weight", json.loads((copied / INDEX).read_text())["weight_map"]
+    other = next(file for file in sorted(set(weight_map.values())) if file != weight_map[name])
+    value = load_file(copied / weight_map[name])[name]
+    save_file(load_file(copied / other) | {name: value + 1}, copied / other, metadata={"format": "pt"})
+
+    assert torch.equal(DirectoryCheckpoint.open(copied).read(name), value)
+
+    del weight_map[name]
+    (copied / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is both in .* does not say which counts"):
+        DirectoryCheckpoint.open(copied)
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        (["config.json", "consolidated.safetensors"], "Mistral's own consolidated format"),
+        (["config.json", "consolidated-00001-of-00002.safetensors"], "Mistral's own consolidated format"),
+        (["params.json", "consolidated.safetensors"], "params.json: it is Mistral's own format"),
+        (["adapter_config.json", "adapter_model.safetensors"], "an adapter, not a model"),
+        (["config.json", "adapter_model.safetensors"], "holds an adapter only"),
+        (["config.json", "consolidated.00.pth"], "a pickle, which could run code"),
+    ],
+)
+def test_other_layouts_are_refused_with_advice(files: list[str], advice: str, tmp_path: Path) -> None:
+    for file in files:
+        (tmp_path / file).write_text("{}")
+
+    with pytest.raises(CheckpointError, match=advice):
+        DirectoryCheckpoint.open(tmp_path)
 
 
 def test_a_file_that_the_index_names_must_be_there(copied: Path) -> None:

@@ -175,16 +175,30 @@ def test_the_dtype_of_most_bytes_is_told(store: ShardStore, tmp_path: Path) -> N
     assert facts.size_bytes == sum(t.numel() * (4 if t.dim() == 1 else 2) for t in tensors.values())
 
 
+def test_a_recurrent_family_tells_its_state_and_what_grows(
+    tiny_checkpoint: Callable[[str], Path], store: ShardStore
+) -> None:
+    recurrent = inspect(tiny_checkpoint("mamba2"), store)
+    mixed = inspect(tiny_checkpoint("qwen3_5_text"), store)
+
+    assert (recurrent.obstacle, mixed.obstacle) == (None, None)
+    assert recurrent.kv_bytes_per_token == 0
+    assert recurrent.state_bytes >= 4 * (8 * 16 * 16 * 4)  # layers; heads, head width, state width, float32
+    num_full = 1  # of the four layers
+    assert mixed.kv_bytes_per_token == num_full * 2 * (16 + 16) * 4
+    assert mixed.state_bytes > 0
+
+
 def test_a_family_that_cannot_run_is_described_with_the_obstacle(
     tiny_checkpoint: Callable[[str], Path], store: ShardStore
 ) -> None:
-    facts = inspect(tiny_checkpoint("falcon"), store)
+    facts = inspect(tiny_checkpoint("zamba"), store)
 
-    assert facts.family == "falcon"
+    assert facts.family == "zamba"
     assert facts.obstacle is not None
-    assert "falcon" in facts.obstacle
+    assert "zamba" in facts.obstacle
     assert facts.cards == ()
-    assert facts.num_layers == 4
+    assert facts.num_layers == 6
 
 
 def test_a_70b_model_streams_on_a_small_card(

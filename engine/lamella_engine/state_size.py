@@ -1,0 +1,150 @@
+"""What a sequence takes in memory on the stepwise path, found by a rehearsal on the meta device.
+
+There is no formula for what families keep, so the model itself is asked: it runs on tensors without memory, and the
+size of its state and of what it computes with is read off. Called by `architecture` once a model is built;
+`model_sizes` and `state_pool` use the figures.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from lamella_engine.errors import UnsupportedModel
+from lamella_engine.kv_shape import kv_bytes_per_token, whole
+from lamella_engine.rehearsal import Rehearsal
+from lamella_engine.sequence_state import SequenceState, StateForward
+
+REHEARSED_TOKENS = 64  # many families compute in blocks of so many tokens, and pad the last one
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """What a sequence takes in all layers together, in the compute dtype; upper bounds.
+
+    Attributes:
+        sequence_bytes: whatever its length, such as a recurrent state or a window.
+        token_bytes: for each of its tokens.
+        activation_bytes: what a step computes with, for each of its tokens.
+        score_heads: query heads whose scores against all earlier tokens are written out; 0 where a kernel keeps them.
+        in_modules: for each layer, the attributes of its modules that hold a part of the state, by dotted path.
+    """
+
+    sequence_bytes: int
+    token_bytes: int
+    activation_bytes: int
+    score_heads: int = 0
+    in_modules: tuple[tuple[str, ...], ...] = ()
+
+
+def rehearse(model: PreTrainedModel, layers: nn.ModuleList) -> StateSize:
+    """The size of `model`'s states; the model is on the meta device and is left as it was.
+
+    Raises:
+        UnsupportedModel: it does not call each of `layers` once, in order, or changes their weights.
+    """
+    config = model.config.get_text_config(decoder=True)
+    shorter, longer = (_Measured(model, layers, tokens) for tokens in (REHEARSED_TOKENS, 2 * REHEARSED_TOKENS))
+    _check_order(model, shorter.rehearsal.order, len(layers))
+    if shorter.rehearsal.rewrites_weights:
+        raise UnsupportedModel(
+            f"family {model.config.model_type!r} changes the weights of its layers as it runs, and streamed weights "
+            "would not keep that; use another family, such as llama, qwen3, mistral, gemma3 or gpt_oss"
+        )
+    activations = -(-shorter.peak_bytes // REHEARSED_TOKENS)
+    in_modules = tuple(shorter.rehearsal.changed.get(kind, ()) for kind in shorter.rehearsal.kinds)
+    is_written_out = model.config._attn_implementation == "eager"
+    heads = (whole(config, "num_attention_heads") or 0) if is_written_out else 0
+    if not (shorter.rehearsal.is_whole and longer.rehearsal.is_whole):
+        # What could not be rehearsed may have kept something: count as if every layer were attention.
+        return StateSize(longer.state_bytes, kv_bytes_per_token(config, model.dtype), activations, heads, in_modules)
+    growth = max(0, longer.state_bytes - shorter.state_bytes)
+    fixed = max(0, longer.state_bytes - 2 * growth)
+    return StateSize(fixed, -(-growth // REHEARSED_TOKENS), activations, heads, in_modules)
+
+
+def _check_order(model: PreTrainedModel, order: list[int], num_layers: int) -> None:
+    """Refuse another order; an incomplete one says only that the rehearsal came to an end before its time."""
+    if order != list(range(len(order))) or len(order) > num_layers:
+        raise UnsupportedModel(
+            f"family {model.config.model_type!r} runs its layers in the order {', '.join(map(str, order[:12]))}"
+            f"{', ...' if len(order) > 12 else ''}; only families that run each layer once, in order, can be "
+            "streamed, such as llama, qwen3, mistral, gemma3 or gpt_oss"
+        )
+
+
+class _Measured:
+    """A step of `tokens` tokens and one of a single token, on a fresh state.
+
+    Attributes:
+        rehearsal: how it went.
+        state_bytes: of the state after both steps.
+        peak_bytes: most that was alive at once in the first step, beside weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, tokens: int) -> None:
+        forward = StateForward(model, torch.device("meta"))
+        state = SequenceState()
+        kept: dict[object, int] = {}
+        self.peak_bytes = 0
+
+        def watch(kind: object, run: Callable[[], Any]) -> Any:
+            before = state.nbytes
+            result = run()
+            kept[kind] = kept.get(kind, 0) + state.nbytes - before
+            return result
+
+        def first() -> None:
+            with _LiveBytes(model) as live:
+                try:
+                    forward(state, [0] * tokens)
+                finally:
+                    self.peak_bytes = live.peak
+
+        self.rehearsal = Rehearsal(model, layers, lambda leaf: state.cache is not None and leaf is state.cache)
+        # A cache that the family makes itself cannot be looked at between two layers: all of them run then.
+        self.rehearsal.run([first, lambda: forward(state, [0])], watch, skips=forward.makes_cache)
+        in_layers = sum(kept.get(kind, 0) for kind in self.rehearsal.kinds)
+        self.state_bytes = in_layers if forward.makes_cache else state.nbytes
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it without types
+    """Counts the bytes of tensors made within it that are alive, and the most there were at once; not `model`'s own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch leaves it without types
+        self.peak = 0
+        self._now = 0
+        self._given = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._alive or key in self._given:
+            return
+        nbytes = storage.nbytes()
+
+        def drop(_: object) -> None:
+            self._now -= nbytes
+            self._alive.pop(key, None)
+
+        self._alive[key] = weakref.ref(storage, drop)
+        self._now += nbytes
+        self.peak = max(self.peak, self._now)
