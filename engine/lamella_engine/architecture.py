@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from lamella_engine.errors import CheckpointError, UnsupportedModel
 from lamella_engine.family_path import FamilyPath, check_decoder, check_layers, choose_path, reads_in_parts
@@ -79,7 +87,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
     check_decoder(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = _module_tree(config, dtype)
     except (ValueError, AssertionError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedModel(
@@ -92,12 +100,40 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
         model.config.rescale_every = 0
     _keep_in_float32(model, dtype)
     layers_path, layers = _find_layers(model)
+    _keep_text(model, layers_path)
     check_layers(model, layers_path, layers)
     path = choose_path(model, layers)
     built = Architecture(model, model.config.get_text_config(), layers_path, layers, path)
     if path is FamilyPath.PACKED:
         return built
     return replace(built, state_size=rehearse(model, layers), reads_in_parts=reads_in_parts(model))
+
+
+def _module_tree(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model that writes text; of those that also see, some are known by that alone."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    loader = AutoModelForCausalLM
+    if sees and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        loader = AutoModelForImageTextToText
+    model: PreTrainedModel = loader.from_config(config, dtype=dtype)
+    return model
+
+
+def _keep_text(model: PreTrainedModel, layers_path: str) -> None:
+    """Leave out what a model that also sees or hears has beside its text model: a text passes none of it."""
+    if model.config.get_text_config() is model.config:
+        return
+    steps = layers_path.split(".")[:-1]  # to the text model, which owns the layers
+    head = model.get_output_embeddings()
+    left_out = list(model._keys_to_ignore_on_load_unexpected or ())
+    owner: nn.Module = model
+    for step in steps:
+        for name, child in list(owner.named_children()):
+            if name != step and child is not head and any(True for _ in child.parameters()):
+                setattr(owner, name, nn.Module())
+                left_out.append(rf"(^|\.){name}\.")
+        owner = owner.get_submodule(step)
+    model._keys_to_ignore_on_load_unexpected = left_out
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
