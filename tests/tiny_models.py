@@ -92,6 +92,13 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3_5_text": _WIDE_HEAD | _RECURRENT,
     "deepseek_v3": _DENSE | _LATENT | _ROUTED,
     "ministral3": _DENSE,
+    "olmoe": _DENSE | {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": _DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": _DENSE | _LATENT | _ROUTED,
+    "minimax": _WIDE_HEAD
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["linear_attention", "full_attention"] * 2}
+    | {"block_size": 8},
+    "gpt_neox": _DENSE,
     "falcon": _SPECIAL
     | {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "new_decoder_architecture": False},
     "gpt2": _SPECIAL | {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256},

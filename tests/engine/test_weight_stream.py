@@ -129,8 +129,9 @@ def _overlap(left: dict[str, float], right: dict[str, float]) -> bool:
 
 def held_bytes() -> dict[int, int]:
     """Bytes by address of all memory that tensors hold."""
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and not found.is_meta]
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    dense = [tensor for tensor in tensors if tensor.layout is torch.strided and tensor.device.type == "cpu"]
+    storages = [tensor.untyped_storage() for tensor in dense]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
