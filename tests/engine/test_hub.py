@@ -277,7 +277,7 @@ def test_a_pulled_model_needs_the_hub_no_more(
 def test_a_family_that_cannot_run_is_refused_before_its_weights_are_fetched(fake_hub: FakeHub, tmp_path: Path) -> None:
     fake_hub.add("owner/bert", SINGLE | {"config.json": json.dumps({"model_type": "bert"}).encode()})
 
-    with pytest.raises(ModelError, match="bert.*both sides"):
+    with pytest.raises(ModelError, match=r"bert.*both sides"):
         ShardStore(tmp_path / "store").ensure("owner/bert")
 
     assert fake_hub.fetched_files == {"config.json"}
