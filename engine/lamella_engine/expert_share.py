@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # With more of a layer's experts wanted than this, it is faster brought whole: whole layers are read ahead, while what
-# the router chooses is waited for. Measured by `benchmarks.experts`: fetching wins up to 0.68 and loses from 0.88 on.
+# the router chooses is waited for. Measured by `benchmarks.experts`: fetching wins up to 0.66 and loses from 0.68 on.
 SPARSE_SHARE = 0.65
 
 
