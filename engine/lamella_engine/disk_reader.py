@@ -211,7 +211,7 @@ class DiskReader:
         chunk.slot.until_free = until_free
         with self._changed:
             (self._urgent_free if chunk.slot.is_urgent else self._free).append(chunk.slot)
-            self._changed.notify()
+            self._changed.notify_all()  # somebody who fetches may wait beside the reading threads
 
     def fill(self, held: FilledChunk, ranges: Sequence[Range]) -> None:
         """Read `ranges` of the piece in `held`, a whole piece, to their places in it, before anything else.
