@@ -2,8 +2,8 @@
 
 In the order data flows through them:
 
-- `names`, `hub`, `hub_errors`, `weight_source`, `safetensors_header`, `weight_files`, `dequantise`, `checkpoint`,
-  `gguf_header`, `gguf_checkpoint`: where a model comes from, and what it expands to.
+- `names`, `hub`, `hub_errors`, `weight_source`, `safetensors_header`, `weight_files`, `json_file`, `dequantise`,
+  `checkpoint`, `gguf_header`, `gguf_checkpoint`: where a model comes from, and what it expands to.
 - `unpickle`, `pickled_checkpoint`: pickled weights, on demand, made into such a checkpoint.
 - `architecture`, `family_path`, `rehearsal`, `state_size`: the module tree without weights, whether and how it can run
   here, and what its sequences keep.
@@ -15,8 +15,8 @@ In the order data flows through them:
   `reserve`, `spread`, `estimate`: where every byte will live and be computed, and what a sweep will take.
 - `open_model`, `pieces`, `file_reads`, `loader`, `host_memory`, `shared_memory`, `ram_tier`, `resident`,
   `embedding_rows`: what stays is brought to its home, once.
-- `disk_reader`, `transfer`, `weight_stream`, `binding`: what does not stay, from disk or RAM to the parameters that
-  compute, in every sweep.
+- `disk_reader`, `transfer`, `experts`, `expert_share`, `weight_stream`, `binding`: what does not stay, from disk or RAM
+  to the parameters that compute, in every sweep; of experts those that are visited.
 - `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
   layers for all sequences together; `sequence_state`, `state_pool`, `stepwise`: the same for families that keep states.
 - `sampler`, `text`, `detokenizer`: from logits to tokens to text.

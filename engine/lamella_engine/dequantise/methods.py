@@ -6,7 +6,6 @@ Neighbours: `checkpoint` asks with the config and the headers, `model_source` wi
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from lamella_engine.dequantise import awq, bitsandbytes, compressed_tensors, flo
 from lamella_engine.dequantise.expansion import Expansion, PackedWeights
 from lamella_engine.dequantise.settings import Settings
 from lamella_engine.errors import CheckpointError
+from lamella_engine.json_file import JsonFile
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 # Where the tools that made the format wrote its settings before they were part of the config.
@@ -62,7 +62,7 @@ def find_settings(config: PretrainedConfig, directory: Path) -> Settings | None:
                 return _as_settings(found)
     for file, method in _OWN_FILES:
         if (directory / file).is_file():
-            return {"quant_method": method, **_read_object(directory / file)}
+            return {"quant_method": method, **JsonFile(directory / file).values}
     return None
 
 
@@ -130,14 +130,4 @@ def _as_settings(found: object) -> Settings:
     values = as_object() if callable(as_object) else None
     if not isinstance(values, Mapping):
         raise CheckpointError(f"quantization_config of config.json is {found!r}, not an object; fetch it again")
-    return values
-
-
-def _read_object(path: Path) -> Mapping[str, object]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object; fetch it again")
     return values

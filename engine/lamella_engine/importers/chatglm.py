@@ -14,8 +14,8 @@ from transformers import GlmConfig
 from lamella_engine.errors import CheckpointError
 from lamella_engine.importers.chatglm_tokenizer import chatglm_tokenizer
 from lamella_engine.importers.imported import MAX_LAYERS, ImportedModel, common_values, head_width, refuse, require
-from lamella_engine.importers.json_file import JsonFile
 from lamella_engine.importers.tensor_rules import TensorRule, drop, rename, split_grouped_rows, split_rows
+from lamella_engine.json_file import JsonFile
 
 SECOND_OR_THIRD, FOURTH = "ChatGLM2/3", "GLM-4"
 _VOCABULARY_OF_FOURTH = 151552

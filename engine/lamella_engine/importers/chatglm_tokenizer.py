@@ -13,10 +13,10 @@ from tokenizers import processors
 
 from lamella_engine.errors import CheckpointError
 from lamella_engine.importers.imported import ConvertedTokenizer
-from lamella_engine.importers.json_file import JsonFile
 from lamella_engine.importers.sentencepiece_tokenizer import PieceTokenizer
 from lamella_engine.importers.tiktoken_file import looks_like_ranks, read_ranks, tiktoken_tokenizer
 from lamella_engine.importers.tokenizer_hints import TokenizerHints
+from lamella_engine.json_file import JsonFile
 
 _MARKS = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")

@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from lamella_engine.errors import CheckpointError, ModelError
 from lamella_engine.importers.imported import ConvertedTokenizer, ImportedModel
-from lamella_engine.importers.json_file import JsonFile
 from lamella_engine.importers.tokenizer_hints import SPECIAL_NAMES, TokenizerHints
+from lamella_engine.json_file import JsonFile
 
 _GENERATION_FILE = "generation_config.json"
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")

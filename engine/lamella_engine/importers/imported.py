@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 from lamella_engine.errors import CheckpointError, UnsupportedModel
-from lamella_engine.importers.json_file import JsonFile
 from lamella_engine.importers.tensor_rules import TensorRule
+from lamella_engine.json_file import JsonFile
 
 MAX_LAYERS = 4096  # configs keep a list of this length; more is a damaged file
 IMPORTED_FROM = "imported_from"  # in the native config, and so in config.json of the shards

@@ -12,10 +12,10 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from lamella_engine.importers.imported import ConvertedTokenizer, ImportedModel, llama_values, refuse
-from lamella_engine.importers.json_file import JsonFile
 from lamella_engine.importers.sentencepiece_tokenizer import PieceTokenizer
 from lamella_engine.importers.tensor_rules import drop
 from lamella_engine.importers.tokenizer_hints import TokenizerHints
+from lamella_engine.json_file import JsonFile
 
 FAMILY = "InternLM v1"
 _QUESTION_ENDS, _ANSWER_ENDS = "<eoh>", "<eoa>"

@@ -13,10 +13,10 @@ from transformers import LlamaConfig
 
 from lamella_engine.errors import CheckpointError
 from lamella_engine.importers.imported import ConvertedTokenizer, ImportedModel, llama_values, refuse
-from lamella_engine.importers.json_file import JsonFile
 from lamella_engine.importers.sentencepiece_tokenizer import PieceTokenizer
 from lamella_engine.importers.tensor_rules import TensorRule, drop, rename, split_grouped_rows
 from lamella_engine.importers.tokenizer_hints import TokenizerHints
+from lamella_engine.json_file import JsonFile
 
 FAMILY = "InternLM2"
 _TURN_BEGINS, _TURN_ENDS = "<|im_start|>", "<|im_end|>"

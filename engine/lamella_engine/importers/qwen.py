@@ -21,9 +21,9 @@ from lamella_engine.importers.imported import (
     refuse,
     require,
 )
-from lamella_engine.importers.json_file import JsonFile
 from lamella_engine.importers.tensor_rules import TensorRule, drop, rename, split_rows
 from lamella_engine.importers.tiktoken_file import read_ranks, tiktoken_tokenizer
+from lamella_engine.json_file import JsonFile
 
 FAMILY = "QWen v1"
 VOCABULARY_FILE = "qwen.tiktoken"

@@ -16,8 +16,8 @@ from lamella_engine.importers.chatglm import import_chatglm
 from lamella_engine.importers.imported import ImportedModel, refuse
 from lamella_engine.importers.internlm import import_internlm
 from lamella_engine.importers.internlm2 import import_internlm2
-from lamella_engine.importers.json_file import JsonFile
 from lamella_engine.importers.qwen import import_qwen
+from lamella_engine.json_file import JsonFile
 
 
 @dataclass(frozen=True)

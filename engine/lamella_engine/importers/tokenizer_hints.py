@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lamella_engine.errors import CheckpointError
-from lamella_engine.importers.json_file import JsonFile
+from lamella_engine.json_file import JsonFile
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 

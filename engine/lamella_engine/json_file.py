@@ -1,6 +1,6 @@
 """One JSON file of a checkpoint, read with types: a value of the wrong kind is a named error, not a wrong model.
 
-Owns no meaning of any key. The families read their configs through it.
+Owns no meaning of any key. Imported families and formats of packed weights read their settings through it.
 """
 
 from __future__ import annotations
