@@ -27,7 +27,7 @@ from lamella_engine.inspection import inspect
 from lamella_engine.model_traits import ROUTED_COUNTS, first_whole
 from lamella_engine.shard import ShardedModel
 from tests import tiny_models
-from tests.engine.engine_driver import gather, generate, submit_ids
+from tests.engine.engine_driver import full_load_tokens, gather, generate, submit_ids
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
 PROMPTS = [list(range(5, 10)), list(range(10, 50)), [9, 8, 7]]
@@ -93,7 +93,7 @@ def measure(family: str, scratch: Path) -> Row:
     except UnsupportedModel as error:
         return Row(family, "refused", notes=str(error).replace("|", "/"))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
-    expected = [_greedy(model, prompt) for prompt in PROMPTS]
+    expected = [full_load_tokens(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
     options = EngineOptions(store=store.root, device="cpu", sweep_tokens=64, ram=0)
     sampling = Sampling(max_tokens=NEW_TOKENS, ignore_eos=True)
     try:
@@ -124,15 +124,6 @@ def _experts(sharded: ShardedModel, store: ShardStore) -> str:
     routed = first_whole(built.config, ROUTED_COUNTS)
     pairs = zip(built.layers, sharded.layers, strict=True)
     return "visited" if any(find_experts(layer, shard.tensors, routed) for layer, shard in pairs) else "whole"
-
-
-def _greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    output = model.generate(  # type: ignore[operator] # transformers leaves it without types
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    tokens: list[int] = output[0, len(prompt) :].tolist()
-    return tokens
 
 
 if __name__ == "__main__":

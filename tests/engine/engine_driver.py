@@ -56,6 +56,16 @@ def generate(engine: Engine, prompt: list[int], sampling: Sampling) -> Outcome:
     return gather(engine, {name})[name]
 
 
+def full_load_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    """The next `count` tokens by transformers' own greedy `generate`, whatever they are."""
+    output = model.generate(  # type: ignore[operator] # transformers leaves it without types
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
 def open_smallest(sharded: ShardedModel, options: EngineOptions) -> Engine:
     """An engine on the GPU with the smallest device budget that works, so that every layer streams."""
     device = torch.device("cuda", 0)

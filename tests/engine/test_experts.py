@@ -19,7 +19,7 @@ from lamella_engine.placement import Tier
 from lamella_engine.planner import make_plan
 from lamella_engine.shard import ShardedModel
 from tests import tiny_models
-from tests.engine.engine_driver import gather, generate, submit_ids
+from tests.engine.engine_driver import full_load_tokens, gather, generate, submit_ids
 
 CPU = torch.device("cpu")
 FAST = 0.001
@@ -42,21 +42,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Sh
             config = {**tiny_models.FAMILIES[family], **MANY}
             source = tiny_models.save_checkpoint(root / "source", family, config)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-            made[family] = ShardStore(root / "store").ensure("tiny", source=source), _greedy(model.eval())
+            expected = [full_load_tokens(model.eval(), prompt, 8) for prompt in PROMPTS]
+            made[family] = ShardStore(root / "store").ensure("tiny", source=source), expected
         return made[family]
 
     return make
-
-
-def _greedy(model: torch.nn.Module) -> list[list[int]]:
-    answers = []
-    for prompt in PROMPTS:
-        output = model.generate(  # type: ignore[operator] # transformers leaves it without types
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        answers.append(output[0, len(prompt) :].tolist())
-    return answers
 
 
 def open_on(sharded: ShardedModel, tiers: str) -> Engine:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lamella_engine import Engine, EngineOptions, Sampling
 from lamella_engine.errors import UnsupportedModel
-from tests.engine.engine_driver import gather, submit_ids
+from tests.engine.engine_driver import full_load_tokens, gather, submit_ids
 
 # One of each trait: grouped heads, sliding windows, soft caps, sinks, latent attention, fused experts, parallel
 # blocks, learned positions, fused projections, several attentions a block.
@@ -35,7 +35,7 @@ def test_sweeps_equal_a_full_load(
 ) -> None:
     source = tiny_checkpoint(family)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
-    expected = [_greedy(model, prompt) for prompt in PROMPTS]
+    expected = [full_load_tokens(model, prompt, 10) for prompt in PROMPTS]
 
     with Engine.open(source, EngineOptions(store=tmp_path, device="cpu", sweep_tokens=64, ram=0)) as engine:
         for name, prompt in enumerate(PROMPTS):
@@ -52,7 +52,7 @@ def test_a_prompt_read_in_parts_equals_a_full_load(
 ) -> None:
     source = tiny_checkpoint(family)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
-    expected = [_greedy(model, prompt) for prompt in PROMPTS]
+    expected = [full_load_tokens(model, prompt, 10) for prompt in PROMPTS]
 
     with Engine.open(source, EngineOptions(store=tmp_path, device="cpu", sweep_tokens=16)) as engine:
         for name, prompt in enumerate(PROMPTS):
@@ -72,12 +72,3 @@ def test_a_family_that_cannot_run_is_refused_before_a_shard_is_written(
         Engine.open(source, EngineOptions(store=tmp_path, device="cpu"))
 
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def _greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    output = model.generate(  # type: ignore[operator] # transformers leaves it without types
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    tokens: list[int] = output[0, len(prompt) :].tolist()
-    return tokens

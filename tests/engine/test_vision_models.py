@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from lamella_engine import Engine, EngineOptions, Sampling, ShardStore
 from lamella_engine.inspection import inspect
 from tests import tiny_models
-from tests.engine.engine_driver import gather, submit_ids
+from tests.engine.engine_driver import full_load_tokens, gather, submit_ids
 
 _TEXT = {**tiny_models.FAMILIES["qwen3"]}
 _ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
@@ -54,7 +54,7 @@ def test_text_is_that_of_a_full_load_and_nothing_that_sees_is_stored(family: str
     model.generation_config = GenerationConfig()
     model.save_pretrained(tmp_path / "source")
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "source", attn_implementation="eager").eval()
-    expected = [greedy(whole, prompt) for prompt in PROMPTS]
+    expected = [full_load_tokens(whole, prompt, 8) for prompt in PROMPTS]
 
     with Engine.open(tmp_path / "source", EngineOptions(store=tmp_path / "store", device="cpu")) as engine:
         for name, prompt in enumerate(PROMPTS):
@@ -66,12 +66,3 @@ def test_text_is_that_of_a_full_load_and_nothing_that_sees_is_stored(family: str
     seeing = sum(weight.numel() for name, weight in whole.named_parameters() if "vision" in name or "visual" in name)
     assert seeing > 0
     assert facts.parameters <= sum(weight.numel() for weight in whole.parameters()) - seeing
-
-
-def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    output = model.generate(  # type: ignore[operator] # transformers leaves it without types
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    tokens: list[int] = output[0, len(prompt) :].tolist()
-    return tokens
