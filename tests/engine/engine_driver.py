@@ -57,9 +57,10 @@ def generate(engine: Engine, prompt: list[int], sampling: Sampling) -> Outcome:
 
 
 def full_load_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
-    """The next `count` tokens by transformers' own greedy `generate`, whatever they are."""
+    """The next `count` tokens by transformers' own greedy `generate` where `model` is, whatever they are."""
+    ids = torch.tensor([prompt], device=next(model.parameters()).device)
     output = model.generate(  # type: ignore[operator] # transformers leaves it without types
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        ids, attention_mask=torch.ones_like(ids),
         max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     tokens: list[int] = output[0, len(prompt) :].tolist()

@@ -92,6 +92,14 @@ def test_a_token_alone_moves_its_own_experts_and_what_is_dense(
     family: str, tiers: str, models: Callable[[str], tuple[ShardedModel, list[list[int]]]]
 ) -> None:
     sharded, _ = models(family)
+
+    with open_on(sharded, tiers) as engine:
+        check_bytes_of_one_token(engine, "ram" if tiers == "r" else "disk")
+
+
+def check_bytes_of_one_token(engine: Engine, place: str) -> None:
+    """With its layers at `place` ("ram", "disk") and sixteen experts in each, a token moves the two it visits."""
+    sharded = engine._model.sharded
     built = architecture.build(architecture.load_config(sharded.directory), torch.float32)
     experts = [find_experts(layer, shard.tensors, 2) for layer, shard in zip(built.layers, sharded.layers, strict=True)]
     routed = sum(
@@ -99,15 +107,14 @@ def test_a_token_alone_moves_its_own_experts_and_what_is_dense(
         for shard, own in zip(sharded.layers, experts, strict=True)
     )
 
-    with open_on(sharded, tiers) as engine:
-        submit_ids(engine, "one", [5], Sampling(max_tokens=10, ignore_eos=True))
-        gather(engine, {"one"})
-        before = engine.counters()
-        submit_ids(engine, "two", [5], Sampling(max_tokens=10, ignore_eos=True))
-        gather(engine, {"two"})
-        after = engine.counters()
+    submit_ids(engine, "one", [5], Sampling(max_tokens=10, ignore_eos=True))
+    gather(engine, {"one"})
+    before = engine.counters()
+    submit_ids(engine, "two", [5], Sampling(max_tokens=10, ignore_eos=True))
+    gather(engine, {"two"})
+    after = engine.counters()
 
-    moved = after.ram_bytes - before.ram_bytes if tiers == "r" else after.disk_bytes - before.disk_bytes
+    moved = after.ram_bytes - before.ram_bytes if place == "ram" else after.disk_bytes - before.disk_bytes
     rows = 10 * 256 * 4
     assert sum(shard.nbytes for shard in sharded.layers) > 2 * routed
     assert 10 * routed <= moved <= 10 * routed + rows

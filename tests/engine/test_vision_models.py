@@ -42,17 +42,22 @@ MODELS: dict[str, dict[str, object]] = {
 PROMPTS = [[5, 9, 13, 40, 41, 42], list(range(40, 70)), [7]]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("family", list(MODELS))
-def test_text_is_that_of_a_full_load_and_nothing_that_sees_is_stored(family: str, tmp_path: Path) -> None:
+def save_model(family: str, directory: Path) -> None:
+    """Write a tiny seeded checkpoint of `family`, one of `MODELS`."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **MODELS[family]), dtype=torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.tie_weights()
     model.generation_config = GenerationConfig()
-    model.save_pretrained(tmp_path / "source")
+    model.save_pretrained(directory)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("family", list(MODELS))
+def test_text_is_that_of_a_full_load_and_nothing_that_sees_is_stored(family: str, tmp_path: Path) -> None:
+    save_model(family, tmp_path / "source")
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "source", attn_implementation="eager").eval()
     expected = [full_load_tokens(whole, prompt, 8) for prompt in PROMPTS]
 
