@@ -81,14 +81,12 @@ class _Block(NamedTuple):
     start: int  # in the file
 
 
-def slot_bytes(pieces: Sequence[Piece], chunk_bytes: int) -> int:
+def slot_bytes(pieces: Sequence[Piece], chunk_bytes: int, *, passes_on: bool) -> int:
     """Bytes of ring that one chunk of at most `chunk_bytes` takes, with what reading whole pages adds.
 
-    Chunks begin on a page where pieces do, unless they are parts of one that comes without its experts.
+    Chunks begin on a page where pieces do, unless they are parts of one whose experts are fetched to be passed on.
     """
-    is_aligned = all(
-        piece.start % ALIGNMENT == 0 and (piece.experts is None or piece.nbytes <= chunk_bytes) for piece in pieces
-    )
+    is_aligned = all(piece.start % ALIGNMENT == 0 and not (passes_on and piece.experts) for piece in pieces)
     return -(-chunk_bytes // ALIGNMENT) * ALIGNMENT + (0 if is_aligned else ALIGNMENT)
 
 
@@ -104,6 +102,8 @@ class DiskReader:
         chunk_bytes: a chunk's size at most, a multiple of 4096 unless it covers every piece.
         style: how many threads read how much at once.
         timeline: told of every read.
+        passes_on: chunks are copied on to a device, and experts are had by `fetch`; else they are computed from where
+            they are, and had by `fill`.
         open_file: opens a shard file; None means as `style` says.
     """
 
@@ -115,23 +115,26 @@ class DiskReader:
         style: ReadStyle,
         timeline: Timeline,
         open_file: Callable[[Path], ShardFile] | None = None,
+        *,
+        passes_on: bool = False,
     ) -> None:
         self._pieces = tuple(pieces)
         self._chunk_bytes = chunk_bytes
         self._style = style
         self._timeline = timeline
         open_file = open_file or (lambda path: ShardFile(path, direct=style.direct))
-        size = slot_bytes(pieces, chunk_bytes)
+        size = slot_bytes(pieces, chunk_bytes, passes_on=passes_on)
         self._slots = [
             RingSlot(memory.tensor[at : at + size], memory.view[at : at + size])
             for at in range(0, memory.nbytes // size * size, size)
         ]
         # What is fetched on demand has slots of its own: the others may all be full, waiting for who waits for this.
-        is_passed_on = any(piece.experts is not None and piece.nbytes > chunk_bytes for piece in pieces)
-        num_urgent = max(1, len(self._slots) // 4) if is_passed_on else 0
+        is_fetching = passes_on and any(piece.experts is not None for piece in pieces)
+        num_urgent = max(1, len(self._slots) // 4) if is_fetching else 0
         self._urgent_slots, self._slots = self._slots[:num_urgent], self._slots[num_urgent:]
         for slot in self._urgent_slots:
             slot.is_urgent = True
+        self._passes_on = passes_on
         self._tokens = ALL_TOKENS
         self._changed = threading.Condition()
         self._is_stopping = False
@@ -258,7 +261,7 @@ class DiskReader:
             for number, piece in enumerate(self._pieces):
                 is_sparse = piece.experts is not None and piece.experts.is_sparse(self._tokens)
                 ranges = piece.ranges(is_sparse=is_sparse)
-                if piece.nbytes <= self._chunk_bytes:
+                if piece.nbytes <= self._chunk_bytes and not (is_sparse and self._passes_on):
                     yield _Part(number, 0, piece.nbytes, tuple(ranges), is_sparse, is_last=True)
                 else:
                     yield from self._cut(number, ranges, is_sparse=is_sparse)

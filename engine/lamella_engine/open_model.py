@@ -253,10 +253,13 @@ class _Opener:
         style = self._machine.style
         memory = self._resources.enter_context(HostMemory(self._plan.ring_bytes, pinned=self._is_pinned))
         chunk_bytes = max(piece.nbytes for piece in pieces)
-        if self._machine.make_transfer is not None:
+        passes_on = self._machine.make_transfer is not None
+        if passes_on:
             room = self._plan.ring_bytes // (PIPELINE * style.depth) // ALIGNMENT * ALIGNMENT
             chunk_bytes = max(ALIGNMENT, min(style.block_bytes, room - ALIGNMENT))
-        reader = DiskReader(pieces, memory, chunk_bytes, style, self._timeline, self._machine.open_file)
+        reader = DiskReader(
+            pieces, memory, chunk_bytes, style, self._timeline, self._machine.open_file, passes_on=passes_on
+        )
         self._resources.callback(reader.close)
         return reader
 

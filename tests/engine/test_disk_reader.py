@@ -36,7 +36,7 @@ def pieces(tmp_path: Path) -> tuple[Piece, ...]:
 def open_reader(
     pieces: tuple[Piece, ...], chunk_bytes: int, slots: int, timeline: Timeline | None = None
 ) -> DiskReader:
-    memory = HostMemory(slots * slot_bytes(pieces, chunk_bytes))
+    memory = HostMemory(slots * slot_bytes(pieces, chunk_bytes, passes_on=False))
     return DiskReader(pieces, memory, chunk_bytes, STYLE, timeline or Timeline())
 
 

@@ -38,8 +38,9 @@ def pieces(data: list[bytes], tmp_path: Path) -> tuple[Piece, ...]:
     return tuple(made)
 
 
-def open_reader(pieces: tuple[Piece, ...], chunk_bytes: int, slots: int) -> DiskReader:
-    reader = DiskReader(pieces, HostMemory(slots * slot_bytes(pieces, chunk_bytes)), chunk_bytes, STYLE, Timeline())
+def open_reader(pieces: tuple[Piece, ...], chunk_bytes: int, slots: int, *, passes_on: bool = True) -> DiskReader:
+    memory = HostMemory(slots * slot_bytes(pieces, chunk_bytes, passes_on=passes_on))
+    reader = DiskReader(pieces, memory, chunk_bytes, STYLE, Timeline(), passes_on=passes_on)
     reader.expect(ONE_TOKEN)
     reader.start()
     return reader
@@ -49,8 +50,11 @@ def held(chunk: FilledChunk) -> bytes:
     return bytes(chunk.tensor.numpy())
 
 
-def test_a_piece_in_chunks_comes_without_its_experts(pieces: tuple[Piece, ...], data: list[bytes]) -> None:
-    reader = open_reader(pieces, CHUNK, 8)
+@pytest.mark.parametrize("chunk_bytes", [CHUNK, 2 * NBYTES])
+def test_a_piece_in_chunks_comes_without_its_experts(
+    chunk_bytes: int, pieces: tuple[Piece, ...], data: list[bytes]
+) -> None:
+    reader = open_reader(pieces, chunk_bytes, 8)
     got = bytearray(NBYTES)
 
     chunk = reader.next_filled()
@@ -67,11 +71,12 @@ def test_a_piece_in_chunks_comes_without_its_experts(pieces: tuple[Piece, ...], 
     assert got[100:20_100] == bytes(20_000)
 
 
+@pytest.mark.parametrize("chunk_bytes", [CHUNK, 2 * NBYTES])
 @pytest.mark.parametrize("chosen", [[0], [3], [1, 2], [0, 1, 2, 3]])
 def test_experts_are_fetched_though_every_other_slot_is_full(
-    chosen: list[int], pieces: tuple[Piece, ...], data: list[bytes]
+    chosen: list[int], chunk_bytes: int, pieces: tuple[Piece, ...], data: list[bytes]
 ) -> None:
-    reader = open_reader(pieces, CHUNK, 4)
+    reader = open_reader(pieces, chunk_bytes, 4)
     got = bytearray(NBYTES)
 
     for chunk in reader.fetch(2, EXPERTS.ranges(chosen)):  # nobody takes what is read ahead
@@ -87,7 +92,7 @@ def test_experts_are_fetched_though_every_other_slot_is_full(
 
 
 def test_experts_take_their_places_in_a_whole_piece(pieces: tuple[Piece, ...], data: list[bytes]) -> None:
-    reader = open_reader(pieces, NBYTES, 2)
+    reader = open_reader(pieces, NBYTES, 2, passes_on=False)
     chunk = reader.next_filled()
 
     reader.fill(chunk, EXPERTS.ranges([1]))
@@ -100,7 +105,7 @@ def test_experts_take_their_places_in_a_whole_piece(pieces: tuple[Piece, ...], d
 
 
 def test_with_many_tokens_pieces_come_whole(pieces: tuple[Piece, ...], data: list[bytes]) -> None:
-    reader = open_reader(pieces, NBYTES, 1)
+    reader = open_reader(pieces, NBYTES, 1, passes_on=False)
     reader.give_back(reader.next_filled())
     reader.expect(1000)
 
@@ -115,7 +120,7 @@ def test_with_many_tokens_pieces_come_whole(pieces: tuple[Piece, ...], data: lis
 
 
 def test_an_expert_that_cannot_be_read_is_an_error_by_name(pieces: tuple[Piece, ...]) -> None:
-    reader = open_reader(pieces, NBYTES, 2)
+    reader = open_reader(pieces, NBYTES, 2, passes_on=False)
     chunk = reader.next_filled()
     os.truncate(pieces[0].path, 8192)
 

@@ -50,26 +50,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Sh
 
 
 def open_on(sharded: ShardedModel, tiers: str) -> Engine:
-    """With the layers on disk of a CPU, or on a device's disk ("d"), in its host memory ("r"), on it ("v")."""
+    """With the layers on disk of a CPU, or on a device's disk ("d"; "D" in large blocks), in RAM ("r"), on it ("v")."""
     options = EngineOptions(
         store=sharded.directory, device="cpu", max_sequences=4, sweep_tokens=32, kv_tokens=512, ram=0
     )
     if tiers == "cpu":
         return Engine.open_sharded(sharded, CPU, options)
-    letters = {"v": Tier.VRAM, "r": Tier.RAM, "d": Tier.DISK}
+    letters = {"v": Tier.VRAM, "r": Tier.RAM, "d": Tier.DISK, "D": Tier.DISK}
     built = architecture.build(architecture.load_config(sharded.directory), torch.float32)
     machine = slow_machine(MACHINES[0], FAST, vram=2**30, ram=2**30)
     plan = make_plan(sizes_of_sharded(sharded, built), machine.request(options))
     layers = tuple(dataclasses.replace(place, tier=letters[tiers[place.layer % len(tiers)]]) for place in plan.layers)
     nbytes = max(shard.nbytes for shard in sharded.layers)
-    machine = dataclasses.replace(machine, style=dataclasses.replace(machine.style, block_bytes=256 * 1024))
-    plan = dataclasses.replace(plan, layers=layers, device_slots=2, slot_bytes=nbytes, ring_bytes=8 * 2**20)
+    block_bytes, ring_bytes = (4 * nbytes, 64 * nbytes) if "D" in tiers else (256 * 1024, 8 * 2**20)
+    machine = dataclasses.replace(machine, style=dataclasses.replace(machine.style, block_bytes=block_bytes))
+    plan = dataclasses.replace(plan, layers=layers, device_slots=2, slot_bytes=nbytes, ring_bytes=ring_bytes)
     return Engine(open_sweep_model(sharded, options, CPU, machine, plan), None, options)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tiers", ["cpu", "d", "r", "vrd"])
+@pytest.mark.parametrize("tiers", ["cpu", "d", "D", "r", "vrd"])
 def test_tokens_are_those_of_a_full_load(
     family: str, tiers: str, models: Callable[[str], tuple[ShardedModel, list[list[int]]]]
 ) -> None:
@@ -87,7 +88,7 @@ def test_tokens_are_those_of_a_full_load(
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tiers", ["cpu", "d", "r"])
+@pytest.mark.parametrize("tiers", ["cpu", "d", "D", "r"])
 def test_a_token_alone_moves_its_own_experts_and_what_is_dense(
     family: str, tiers: str, models: Callable[[str], tuple[ShardedModel, list[list[int]]]]
 ) -> None:
@@ -98,7 +99,10 @@ def test_a_token_alone_moves_its_own_experts_and_what_is_dense(
 
 
 def check_bytes_of_one_token(engine: Engine, place: str) -> None:
-    """With its layers at `place` ("ram", "disk") and sixteen experts in each, a token moves the two it visits."""
+    """With its layers at `place` ("ram", "disk") and sixteen experts in each, a token moves the two it visits.
+
+    A head that streams is moved as well.
+    """
     sharded = engine._model.sharded
     built = architecture.build(architecture.load_config(sharded.directory), torch.float32)
     experts = [find_experts(layer, shard.tensors, 2) for layer, shard in zip(built.layers, sharded.layers, strict=True)]
@@ -115,6 +119,7 @@ def check_bytes_of_one_token(engine: Engine, place: str) -> None:
     after = engine.counters()
 
     moved = after.ram_bytes - before.ram_bytes if place == "ram" else after.disk_bytes - before.disk_bytes
+    moved -= 10 * engine.plan.head.nbytes if engine.plan.head.num_blocks else 0
     rows = 10 * 256 * 4
     assert sum(shard.nbytes for shard in sharded.layers) > 2 * routed
     assert 10 * routed <= moved <= 10 * routed + rows
