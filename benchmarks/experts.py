@@ -2,11 +2,14 @@
 
     python -m benchmarks.experts --json FILE
     python -m benchmarks.experts --device cuda --layers 16 --hidden 2048 --inner 7168 --experts 8 --routed 2
+    python -m benchmarks.experts --ram 1GiB --expert-cache 100% --sequences 1
 
 Writes a random Mixtral and decodes with several numbers of sequences, each twice: with every layer brought whole, and
-with experts fetched when the router has chosen. RAM budget 0: all that streams comes from the disk, past the file cache
-where that can be. Says how many bytes a token moves beside what it needs (dense parts and its routed experts), and from
-how many sequences on whole layers are faster: `expert_share.SPARSE_SHARE` is set by that.
+with experts fetched when the router has chosen. RAM budget 0 unless another is given: all that streams comes from the
+disk, past the file cache where that can be. With a share for experts it decodes a third time, the experts visited most
+kept in memory. Says how many bytes a token moves beside what it needs (dense parts and its routed experts), how much of
+the time reads were under way, and from how many sequences on whole layers are faster: `expert_share.SPARSE_SHARE` is
+set by that.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from lamella_engine.shard import ShardedModel
 WARM_UP_SWEEPS = 4
 DEADLINE_S = 300.0
 MODES = {"whole": -1.0, "visited": 1.0}  # experts are fetched up to this share of them
+KEPT = "kept"  # as visited, and those visited most are kept in the memory that layers had
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,13 +65,16 @@ def main(argv: list[str] | None = None) -> int:
             "sequences": {},
         }
         for count in arguments.sequences:
-            figures = {mode: _measure(sharded, arguments, count, share) for mode, share in MODES.items()}
+            figures = {mode: _measure(sharded, arguments, count, share, "auto") for mode, share in MODES.items()}
+            if arguments.expert_cache != "auto":
+                figures[KEPT] = _measure(sharded, arguments, count, MODES["visited"], arguments.expert_cache)
             results["sequences"][str(count)] = figures
             _say(count, figures, results["needed_bytes"])
         results["others_busy_cores"] = bystanders.busy_cores()
     if arguments.json:
         write_json(arguments.json, results)
-    is_equal = all(run["whole"]["token_ids"] == run["visited"]["token_ids"] for run in results["sequences"].values())
+    runs = results["sequences"].values()
+    is_equal = all(each["token_ids"] == run["whole"]["token_ids"] for run in runs for each in run.values())
     print("tokens do not depend on the mode" if is_equal else "error: tokens depend on the mode")
     return 0 if is_equal else 1
 
@@ -102,12 +109,15 @@ def _needed(sharded: ShardedModel, routed: int) -> int:
     return total
 
 
-def _measure(sharded: ShardedModel, arguments: argparse.Namespace, count: int, share: float) -> dict[str, Any]:
+def _measure(
+    sharded: ShardedModel, arguments: argparse.Namespace, count: int, share: float, expert_cache: str
+) -> dict[str, Any]:
     expert_share.SPARSE_SHARE = share
     device = torch.device(arguments.device if arguments.device == "cpu" else "cuda:0")
     options = EngineOptions(
-        store=sharded.directory, device=str(device), max_sequences=max(8, count), ram=0, vram=arguments.vram
-    )
+        store=sharded.directory, device=str(device), max_sequences=max(8, count), ram=arguments.ram,
+        vram=arguments.vram, expert_cache=expert_cache,
+    )  # fmt: skip
     sampling = Sampling(max_tokens=WARM_UP_SWEEPS + arguments.sweeps + 8, ignore_eos=True)
     with Engine.open_sharded(sharded, device, options) as engine:
         names = [str(index) for index in range(count)]
@@ -121,14 +131,21 @@ def _measure(sharded: ShardedModel, arguments: argparse.Namespace, count: int, s
                 marks.append(engine.counters())
             if len(marks) == 2:
                 break
-        on_disk = engine.plan.layer_bytes(Tier.DISK)
+        on_disk, room = engine.plan.layer_bytes(Tier.DISK), engine.plan.experts
+    first, last = marks
     stamps = watch.stamps[WARM_UP_SWEEPS - 1 : WARM_UP_SWEEPS + arguments.sweeps]
     seconds = [after - before for before, after in itertools.pairwise(stamps)]
     return {
         "s_per_sweep": statistics.median(seconds),
         "tokens_per_s": count / statistics.median(seconds),
-        "disk_bytes_per_sweep": (marks[1].disk_bytes - marks[0].disk_bytes) / arguments.sweeps,
+        "disk_bytes_per_sweep": (last.disk_bytes - first.disk_bytes) / arguments.sweeps,
+        "ram_bytes_per_sweep": (last.ram_bytes - first.ram_bytes) / arguments.sweeps,
         "planned_disk_bytes": on_disk,
+        "reading_share": (last.read_s - first.read_s) / max(1e-9, last.sweep_s - first.sweep_s),
+        "cache_bytes": {"vram": room.vram_bytes, "ram": room.ram_bytes},
+        "experts_visited": last.experts_visited - first.experts_visited,
+        "experts_in_vram": last.experts_in_vram - first.experts_in_vram,
+        "experts_in_ram": last.experts_in_ram - first.experts_in_ram,
         "seconds": [round(second, 4) for second in seconds],
         "token_ids": watch.token_ids[names[0]][: WARM_UP_SWEEPS + arguments.sweeps],
     }
@@ -138,10 +155,18 @@ def _say(count: int, figures: dict[str, dict[str, Any]], needed: int) -> None:
     whole, visited = figures["whole"], figures["visited"]
     print(
         f"{count:>3} sequences: whole layers {whole['s_per_sweep']:.3f} s a sweep, visited experts "
-        f"{visited['s_per_sweep']:.3f} s ({whole['s_per_sweep'] / visited['s_per_sweep']:.2f} times as fast); a sweep "
-        f"moves {visited['disk_bytes_per_sweep'] / 1e6:.0f} MB, one token needs {needed / 1e6:.0f} MB",
+        f"{visited['s_per_sweep']:.3f} s ({whole['s_per_sweep'] / visited['s_per_sweep']:.2f} times as fast); it "
+        f"reads {visited['disk_bytes_per_sweep'] / 1e6:.0f} MB in {visited['reading_share']:.0%} of its time, a token "
+        f"needs {needed / 1e6:.0f} MB",
         flush=True,
     )
+    if (kept := figures.get(KEPT)) is not None:
+        hits = (kept["experts_in_vram"] + kept["experts_in_ram"]) / max(1, kept["experts_visited"])
+        print(
+            f"    experts kept: {kept['s_per_sweep']:.3f} s, {hits:.0%} of the visited ones were there; a sweep reads "
+            f"{kept['disk_bytes_per_sweep'] / 1e6:.0f} MB",
+            flush=True,
+        )
 
 
 def _counts(text: str) -> list[int]:
@@ -160,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--routed", type=int, default=2, help="(%(default)s)")
     add("--sequences", type=_counts, default="1,2,3,4,8", help="(%(default)s)")
     add("--sweeps", type=int, default=10, help="timed sweeps a figure (%(default)s)")
+    add("--ram", default="0", help="the engine's RAM budget (%(default)s)")
+    add("--expert-cache", default="auto", help="measure a share for experts as well, such as 100%% (%(default)s: no)")
     add("--vram", default="auto", help="the engine's VRAM budget on a GPU (%(default)s)")
     add("--work-dir", type=Path, help="keeps checkpoint and shards")
     add("--json", type=Path, help="results")

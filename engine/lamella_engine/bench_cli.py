@@ -17,7 +17,7 @@ from rich.table import Table
 
 from lamella_engine.bench import BenchReport, BenchRequest, run_bench
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli import StoreOption, plain_errors, wrong_calls
+from lamella_engine.cli import ExpertCacheOption, StoreOption, plain_errors, wrong_calls
 from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.device import resolve_device
 from lamella_engine.errors import OptionError
@@ -37,6 +37,7 @@ def bench(  # noqa: PLR0913  a command has as many arguments as options
     ram: Annotated[
         str, typer.Option("--ram", help='Host memory: "16GiB", "50%", auto; 0 keeps no layer in it.')
     ] = "auto",
+    expert_cache: ExpertCacheOption = "auto",
     dtype: Annotated[str | None, typer.Option("--dtype", help=f"Compute in {', '.join(DTYPES)}.")] = None,
     sequences: Annotated[str, typer.Option("--sequences", help="How many decode side by side.")] = "1,8,64",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Sweeps timed for each of them.")] = 12,
@@ -57,6 +58,7 @@ def bench(  # noqa: PLR0913  a command has as many arguments as options
             kv_tokens=kv_tokens,
             vram=_device_budget(vram, device),
             ram=ram,
+            expert_cache=expert_cache,
             offline=offline,
         )
         request = BenchRequest(_counts(sequences), tokens, prompt_tokens, options, trace)

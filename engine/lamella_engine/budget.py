@@ -1,4 +1,4 @@
-"""Budgets and rates as people write them: bytes, "4GiB", "80%", "auto", "12GB/s".
+"""Budgets, shares and rates as people write them: bytes, "4GiB", "80%", "auto", "12GB/s".
 
 Owns the forms and their messages, not what is free: callers say that. `planner` takes the bytes, `estimate` the rates.
 """
@@ -56,6 +56,21 @@ def parse_budget(value: int | str, total: int, free: int, what: str) -> int:
     if amount is None:
         raise _refused(what, value, _why(text), _BUDGET_EXAMPLES)
     return amount
+
+
+def parse_share(value: str, what: str) -> float:
+    """The part of something that ``25%`` means, 0.0 to 1.0; ``auto`` is 0.0.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    text = value.strip().lower()
+    if text == "auto":
+        return 0.0
+    share = _SHARE.fullmatch(text)
+    if share is None or float(share[1]) > 100:
+        raise _refused(what, value, "it is not a share", '"25%" or "auto"')
+    return float(share[1]) / 100
 
 
 def parse_rate(value: str, what: str) -> float:

@@ -43,6 +43,9 @@ def _check_dtype(value: str | None) -> str | None:
     return value
 
 
+ExpertCacheOption = Annotated[
+    str, typer.Option("--expert-cache", help='Memory for layers that often visited experts get: "50%", auto.')
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option("--store", help="Directory of the shard cache; else LAMELLA_STORE, else ~/.cache/lamella/shards."),

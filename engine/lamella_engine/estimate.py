@@ -97,11 +97,32 @@ def _unvisited(sizes: ModelSizes, place: LayerPlacement, tokens: int) -> int:
     return int(experts.layers[place.layer] * (1.0 - visited_share(experts.count, experts.routed, tokens)))
 
 
+def kept_experts(sizes: ModelSizes, plan: Plan, tokens: int) -> tuple[int, int]:
+    """Bytes of visited experts that a sweep finds in RAM instead of on disk, and on the device instead of anywhere.
+
+    As if every expert were as likely as any other: what is visited most often is kept, so there are more.
+    """
+    experts, room = sizes.experts, plan.experts
+    if experts is None or not room.entry_bytes or not is_sparse(experts.count, experts.routed, tokens):
+        return 0, 0
+    share = visited_share(experts.count, experts.routed, tokens)
+    home = Tier.RAM if plan.vram is None else Tier.VRAM
+    streams = sum(experts.layers[place.layer] for place in plan.layers if place.tier is not home)
+    on_disk = sum(experts.layers[place.layer] for place in plan.layers if place.tier is Tier.DISK)
+    in_vram = min(1.0, room.vram_bytes / max(1, streams))
+    in_ram = min(1.0 - in_vram, room.ram_bytes / max(1, on_disk))
+    return int(on_disk * share * in_ram), int(streams * share * in_vram)
+
+
 def _lanes(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, tokens: int) -> LaneSeconds:
     on_disk, in_ram = (
         sum(moved_bytes(sizes, place, tokens) for place in plan.layers if place.tier is tier)
+        + (plan.head.nbytes if plan.head.num_blocks and plan.head.tier is tier else 0)
         for tier in (Tier.DISK, Tier.RAM)
     )
+    from_ram, from_vram = kept_experts(sizes, plan, tokens)
+    moved = max(0, on_disk + in_ram - from_vram)
+    on_disk = max(0, on_disk - from_ram - from_vram * on_disk // max(1, on_disk + in_ram))
     home = Tier.RAM if plan.vram is None else Tier.VRAM
     read = sum(
         computed_bytes(sizes, place.nbytes, is_streamed=place.tier is not home) - _unvisited(sizes, place, tokens)
@@ -111,7 +132,7 @@ def _lanes(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, tokens: int) -
     read += math.ceil(sizes.other * sizes.expansion)
     return LaneSeconds(
         disk=on_disk / bandwidths.disk,
-        bus=0.0 if plan.vram is None else (on_disk + in_ram) / bandwidths.h2d,
+        bus=0.0 if plan.vram is None else moved / bandwidths.h2d,
         memory=read / bandwidths.device_memory,
         compute=2 * sizes.active_parameters * tokens / bandwidths.flops,
     )

@@ -18,12 +18,14 @@ import torch
 from lamella_engine import architecture
 from lamella_engine.architecture import Architecture
 from lamella_engine.binding import TORCH_DTYPES, LayerBinding
-from lamella_engine.budget import parse_budget
+from lamella_engine.budget import parse_budget, parse_share
 from lamella_engine.calibration import DiskProfile, assumed_bandwidths, measure_bandwidths, measure_disk
 from lamella_engine.compute_dtype import choose_dtype
 from lamella_engine.device import available_host_bytes, free_memory_bytes, total_memory_bytes
 from lamella_engine.disk_reader import DiskReader
 from lamella_engine.errors import DeviceError
+from lamella_engine.expert_cache import ExpertCache
+from lamella_engine.expert_fetch import ExpertFetch
 from lamella_engine.experts import ExpertBytes, find_experts, tell_when_routed
 from lamella_engine.file_reads import ALIGNMENT, ReadStyle, ShardFile
 from lamella_engine.graph_recorder import CudaRecorder, Recorder
@@ -42,7 +44,7 @@ from lamella_engine.streamed_head import StreamedHead
 from lamella_engine.sweep import StreamedWeights, SweepModel
 from lamella_engine.timeline import Timeline
 from lamella_engine.transfer import CudaTransfer, DeviceSlot, Transfer
-from lamella_engine.weight_stream import BoundSlot, DeviceStream, HostStream, WeightStream
+from lamella_engine.weight_stream import BoundSlot, DeviceStream, Homes, HostStream, WeightStream
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,7 @@ class Machine:
             max_sequences=options.max_sequences,
             kv_tokens=options.kv_tokens,
             sweep_tokens=options.sweep_tokens,
+            expert_share=parse_share(options.expert_cache, "expert_cache"),
         )
 
 
@@ -231,7 +234,7 @@ class _Opener:
                 number: loader.to_ram_converted(number, placed[number].piece, bindings[number], self._built.model.dtype)
                 for number in by_tier[Tier.RAM]
             }
-            return HostStream(placed, resident, reader, self._timeline)
+            return HostStream(placed, resident, reader, self._open_experts(placed, None), self._timeline)
         transfer = make_transfer([place.piece.name for place in placed])
         staying = by_tier[Tier.VRAM]
         homes = _split([resident_bytes(placed[number].piece, bindings[number]) for number in staying], self._empty)
@@ -244,7 +247,22 @@ class _Opener:
         buffers = _split([self._plan.slot_bytes] * count, transfer.allocate)
         slots = [DeviceSlot(key, buffer) for key, buffer in enumerate(buffers)]
         logger.info("%d of %d pieces stay on %s", len(on_device), len(placed), device)
-        return DeviceStream(placed, on_device, in_ram, reader, slots, transfer, self._timeline)
+        experts = self._open_experts(placed, transfer)
+        return DeviceStream(placed, Homes(on_device, in_ram), reader, slots, transfer, experts, self._timeline)
+
+    def _open_experts(self, placed: Sequence[PlacedPiece], transfer: Transfer | None) -> ExpertFetch:
+        """The caches of experts that the plan has room for, nearest first."""
+        room = self._plan.experts
+        counts = [(number, place.piece.experts.count) for number, place in enumerate(placed) if place.piece.experts]
+        caches = {}
+        if transfer is not None and room.vram_bytes:
+            memory, copy = transfer.allocate(room.vram_bytes), transfer.copy_aside
+            caches[Tier.VRAM] = ExpertCache(memory, room.entry_bytes, counts, copy, copy)
+        if room.ram_bytes:
+            host = self._resources.enter_context(HostMemory(room.ram_bytes, pinned=self._is_pinned))
+            copy_in, copy_out = (_copy, _copy) if transfer is None else (transfer.copy_aside, transfer.copy_now)
+            caches[Tier.RAM] = ExpertCache(host.tensor, room.entry_bytes, counts, copy_in, copy_out)
+        return ExpertFetch(placed, self._timeline, caches)
 
     def _open_reader(self, pieces: Sequence[Piece]) -> DiskReader | None:
         """The reader of what lives on disk: whole pieces for a CPU to compute from, blocks where they are copied on."""
@@ -292,6 +310,10 @@ class _Opener:
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` the one that memory is pinned for."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
 
 
 def _split(sizes: Sequence[int], allocate: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lamella_engine.budget import parse_share
 from lamella_engine.errors import OptionError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,6 +27,8 @@ class EngineOptions:
         vram: device memory this engine may take: bytes, ``"4GiB"``, ``"80%"`` of the card, or ``"auto"``.
         ram: host memory in the same forms: for weights that do not stay on the device, or on a CPU for everything. 0
             keeps no layer in RAM and takes only what cannot be done without (the ring that reads from disk go to).
+        expert_cache: what experts of layers that stream may have of the memory for layers, such as ``"50%"``, to keep
+            those that are visited most. More than ``"auto"``, what layers leave over, pays where few sequences run.
         shared_memory: directory in memory where the workers of this host share their RAM tier; None means the usual
             one, where there is one.
         trace: keep the timeline of recent sweeps, for `Engine.write_trace`.
@@ -41,6 +44,7 @@ class EngineOptions:
     kv_tokens: int | None = None
     vram: int | str = "auto"
     ram: int | str = "auto"
+    expert_cache: str = "auto"
     shared_memory: Path | None = None
     trace: bool = False
     offline: bool = False
@@ -56,6 +60,7 @@ class EngineOptions:
                 f"sweep_tokens ({self.sweep_tokens}) is below max_sequences ({self.max_sequences}): "
                 "not every sequence could get a token in a sweep; raise sweep_tokens"
             )
+        parse_share(self.expert_cache, "expert_cache")
         if self.kv_tokens is not None and self.kv_tokens < 16:
             raise OptionError(f"kv_tokens is {self.kv_tokens}; it must be at least 16")
         if self.dtype is not None and self.dtype not in DTYPES:

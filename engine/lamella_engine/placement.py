@@ -125,6 +125,15 @@ class Spending:
 
 
 @dataclass(frozen=True)
+class ExpertRoom:
+    """Memory for experts kept between sweeps: bytes of one entry, of all on the device and of all in host memory."""
+
+    entry_bytes: int = 0
+    vram_bytes: int = 0
+    ram_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where everything is.
 
@@ -140,6 +149,7 @@ class Plan:
         workspace_bytes: room for activations, logits and gathered keys and values of a sweep.
         vram: the device budget and its uses; None on a CPU.
         ram: the host budget and its uses.
+        experts: what is for experts of layers that stream.
     """
 
     device: str
@@ -155,6 +165,7 @@ class Plan:
     workspace_bytes: int
     vram: Spending | None
     ram: Spending
+    experts: ExpertRoom = ExpertRoom()
 
     def layer_bytes(self, tier: Tier) -> int:
         """Bytes of the layers, and of a streamed head, that wait in `tier`."""

@@ -14,9 +14,9 @@ from typing import Annotated
 import torch
 import typer
 
-from lamella_engine.budget import parse_budget
+from lamella_engine.budget import parse_budget, parse_share
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli import StoreOption, plain_errors, wrong_calls
+from lamella_engine.cli import ExpertCacheOption, StoreOption, plain_errors, wrong_calls
 from lamella_engine.compute_dtype import choose_dtype
 from lamella_engine.errors import DiskFull, OptionError
 from lamella_engine.estimate import predict
@@ -49,6 +49,7 @@ def show_plan(  # noqa: PLR0913  a command has as many arguments as options
     max_sequences: Annotated[int, typer.Option("--max-sequences", min=1, help="Sequences that share a sweep.")] = 8,
     kv_tokens: Annotated[int | None, typer.Option("--kv-tokens", min=16, help="Tokens of key-value cache.")] = None,
     sweep_tokens: Annotated[int | None, typer.Option("--sweep-tokens", min=1, help="Tokens a sweep carries.")] = None,
+    expert_cache: ExpertCacheOption = "auto",
     dtype: Annotated[str | None, typer.Option("--dtype", help=f"Compute in {', '.join(DTYPES)}.")] = None,
     disk_space: Annotated[str, typer.Option("--disk-space", help='Room for shards: "100GB", "50%", auto.')] = "auto",
     disk: Annotated[str | None, typer.Option("--disk", help="Disk, such as 2GB/s; else measured or assumed.")] = None,
@@ -61,7 +62,7 @@ def show_plan(  # noqa: PLR0913  a command has as many arguments as options
 ) -> None:
     """Show where a model's layers would live and be computed, and how fast it would run."""
     options = TargetOptions(device, vram, ram, disk, h2d, memory, flops)
-    wishes = _Wishes(max_sequences, kv_tokens, sweep_tokens, dtype, disk_space)
+    wishes = _Wishes(max_sequences, kv_tokens, sweep_tokens, dtype, disk_space, expert_cache)
     with plain_errors(), wrong_calls():
         report = _report(model, ShardStore(store or default_store_root()), options, wishes, offline=offline)
     if as_json:
@@ -79,6 +80,7 @@ class _Wishes:
     sweep_tokens: int | None
     dtype: str | None
     disk_space: str
+    expert_cache: str
 
 
 def _report(model: str, store: ShardStore, options: TargetOptions, wishes: _Wishes, *, offline: bool) -> PlanReport:
@@ -98,6 +100,7 @@ def _report(model: str, store: ShardStore, options: TargetOptions, wishes: _Wish
         max_sequences=wishes.max_sequences,
         kv_tokens=wishes.kv_tokens,
         sweep_tokens=wishes.sweep_tokens,
+        expert_share=parse_share(wishes.expert_cache, "--expert-cache"),
     )
     plan = make_plan(sizes, request)
     return PlanReport(

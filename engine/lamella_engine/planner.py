@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from lamella_engine.byte_size import byte_size
 from lamella_engine.errors import OptionError, PlanError
 from lamella_engine.estimate import free_tokens, predict
+from lamella_engine.expert_room import kept_back, with_expert_room
 from lamella_engine.placement import (
     Bandwidths,
     HeadPlacement,
@@ -50,6 +51,7 @@ class PlanRequest:
         max_sequences: sequences that share a sweep at most.
         kv_tokens: tokens of key-value cache, kept to the letter; None derives them, fewer where memory is short.
         sweep_tokens: tokens of a sweep, kept to the letter; None means as many as ride for free.
+        expert_share: part of the memory that layers could have which is for experts of layers that stream.
     """
 
     device: str
@@ -59,6 +61,7 @@ class PlanRequest:
     max_sequences: int = 8
     kv_tokens: int | None = None
     sweep_tokens: int | None = None
+    expert_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "kv_tokens", "sweep_tokens"):
@@ -176,7 +179,7 @@ def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: 
     costs = tuple(_resident(sizes, request, nbytes) for nbytes in sizes.layers)
     if room < (0 if layout.slots else sum(costs)):
         return None
-    card = Room(Tier.VRAM, room, costs)
+    card = Room(Tier.VRAM, room - (kept_back(sizes, room, request.expert_share) if layout.slots else 0), costs)
     streamed_head = 0 if layout.is_head_resident else sizes.head_bytes
     ring, head_tier = 0, Tier.VRAM if layout.is_head_resident else Tier.RAM
     tiers = place_layers(sizes.layers, (card, Room(Tier.RAM, max(0, request.ram - streamed_head), sizes.layers)))
@@ -188,6 +191,7 @@ def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: 
         if streamed_head:
             head_tier = Tier.RAM if streamed_head <= room else Tier.DISK
         room -= streamed_head if head_tier is Tier.RAM else 0
+        room -= kept_back(sizes, room, request.expert_share)
         tiers = place_layers(sizes.layers, (card, Room(Tier.RAM, room, sizes.layers)))
     streams = [size for size, tier in zip(sizes.layers, tiers, strict=True) if tier is not Tier.VRAM]
     slot = _slot_bytes(sizes, request, streams or sizes.layers) if streams or streamed_head else 0
@@ -208,7 +212,8 @@ def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: 
         ram=Spending(0, ()),
     )
     plan = replace(plan, embedding=_table_tier(sizes, request, plan))
-    return replace(plan, vram=_card_spending(sizes, request, plan), ram=_pinned_spending(sizes, request, plan))
+    plan = replace(plan, vram=_card_spending(sizes, request, plan), ram=_pinned_spending(sizes, request, plan))
+    return with_expert_room(sizes, plan)
 
 
 def _on_cpu(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: Reserve) -> Plan | None:
@@ -218,6 +223,7 @@ def _on_cpu(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: R
     costs = tuple(_expanded(sizes, nbytes) for nbytes in sizes.layers)
     if room < (0 if layout.slots else sum(costs)):
         return None
+    room -= kept_back(sizes, room, request.expert_share) if layout.slots else 0
     tiers = place_layers(sizes.layers, (Room(Tier.RAM, room, costs),))
     is_streaming = Tier.DISK in tiers
     slot = _slot_bytes(sizes, request, sizes.layers)
@@ -236,7 +242,7 @@ def _on_cpu(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: R
         vram=None,
         ram=Spending(0, ()),
     )
-    plan = replace(plan, ram=Spending(request.ram, tuple(_host_uses(sizes, plan))))
+    plan = with_expert_room(sizes, replace(plan, ram=Spending(request.ram, tuple(_host_uses(sizes, plan)))))
     if not sizes.is_tied and plan.ram.used + sizes.embedding <= request.ram:
         table = Use("embedding table", sizes.embedding)
         plan = replace(plan, embedding=Tier.RAM, ram=Spending(request.ram, (*plan.ram.uses, table)))

@@ -45,6 +45,8 @@ class StreamTotals:
         copy_s: seconds of copies to the device.
         compute_s: seconds in which layers computed on the device (on a CPU: in the layers' own code).
         sweep_s: seconds of all sweeps, from packing to chosen tokens.
+        experts_visited: experts wanted from layers that had come without them; one for each layer, sweep and expert.
+        experts_in_vram, experts_in_ram: those of them that were kept there from earlier sweeps.
     """
 
     disk_bytes: int = 0
@@ -54,6 +56,9 @@ class StreamTotals:
     copy_s: float = 0.0
     compute_s: float = 0.0
     sweep_s: float = 0.0
+    experts_visited: int = 0
+    experts_in_vram: int = 0
+    experts_in_ram: int = 0
 
     @property
     def bubble_s(self) -> float:
@@ -70,6 +75,7 @@ class Timeline:
         self._intervals: deque[Interval] = deque(maxlen=MAX_INTERVALS)
         self._disk_bytes = self._ram_bytes = self._vram_bytes = 0
         self._read_s = self._copy_s = self._compute_s = self._sweep_s = 0.0
+        self._experts = (0, 0, 0)
 
     def add(self, lane: Lane, name: str, begin_s: float, end_s: float) -> None:
         """Tell of an interval; reads that overlap are added up by `add_read_s` instead."""
@@ -95,12 +101,18 @@ class Timeline:
             self._ram_bytes += ram_bytes
             self._vram_bytes += vram_bytes
 
+    def add_experts(self, visited: int, in_vram: int, in_ram: int) -> None:
+        """Tell how many experts a layer wanted, and how many of them were kept near."""
+        with self._lock:
+            before = self._experts
+            self._experts = before[0] + visited, before[1] + in_vram, before[2] + in_ram
+
     def totals(self) -> StreamTotals:
         """Everything so far."""
         with self._lock:
             return StreamTotals(
                 self._disk_bytes, self._ram_bytes, self._vram_bytes,
-                self._read_s, self._copy_s, self._compute_s, self._sweep_s,
+                self._read_s, self._copy_s, self._compute_s, self._sweep_s, *self._experts,
             )  # fmt: skip
 
     def intervals(self) -> tuple[Interval, ...]:

@@ -32,7 +32,8 @@ class Transfer(Protocol):
     """Copies in order on one lane, and computing on another.
 
     `begin_piece`, `copy`, `when_copied` and `end_piece` belong to the copying thread; `await_piece`, `begin_compute`,
-    `copy_now`, `when_used`, `end_compute` and `end_sweep` to the sweep thread. Pieces are numbered in sweep order.
+    `copy_now`, `when_used`, `copy_aside`, `end_compute` and `end_sweep` to the sweep thread. Pieces are numbered in
+    sweep order.
     """
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -55,6 +56,9 @@ class Transfer(Protocol):
 
     def when_used(self) -> Callable[[], None]:
         """Something to call that returns once all of `copy_now` so far has ended."""
+
+    def copy_aside(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy within the device, or from it to the host, in order with computing and `copy_now`; returns at once."""
 
     def end_piece(self, number: int, slot: DeviceSlot) -> None:
         """The copies of the piece are complete with those made so far."""
@@ -140,6 +144,10 @@ class CudaTransfer:
         event = _event(is_blocking=True)
         event.record(torch.cuda.current_stream(self._device))
         return event.synchronize
+
+    def copy_aside(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """See `Transfer`."""
+        target.copy_(source, non_blocking=True)
 
     def end_piece(self, number: int, slot: DeviceSlot) -> None:
         """See `Transfer`."""

@@ -18,7 +18,7 @@ import torch
 
 from lamella_engine.disk_reader import ALL_TOKENS, DiskReader, FilledChunk
 from lamella_engine.errors import EngineError
-from lamella_engine.experts import ExpertBytes, Range
+from lamella_engine.expert_fetch import ExpertFetch
 from lamella_engine.file_reads import STALL_S
 from lamella_engine.pieces import PlacedPiece
 from lamella_engine.placement import Tier
@@ -39,6 +39,13 @@ class BoundSlot(NamedTuple):
     key: tuple[str, int]
     tensor: torch.Tensor
     is_converted: bool = False
+
+
+class Homes(NamedTuple):
+    """What need not be read again, by number of its piece: buffers to compute from, and host memory to copy from."""
+
+    resident: Mapping[int, BoundSlot]
+    in_ram: Mapping[int, torch.Tensor]
 
 
 class WeightStream(Protocol):
@@ -77,15 +84,16 @@ class HostStream:
         placed: Sequence[PlacedPiece],
         resident: Mapping[int, BoundSlot],
         reader: DiskReader | None,
+        experts: ExpertFetch,
         timeline: Timeline,
     ) -> None:
         self._placed = tuple(placed)
         self._resident = dict(resident)
         self._reader = reader
+        self._experts = experts
         self._timeline = timeline
         self._on_disk = [number for number, place in enumerate(placed) if place.tier is Tier.DISK]
         self._held: FilledChunk | None = None
-        self._experts = _Experts(placed, timeline)
         self._began_s = 0.0
         if reader is not None:
             reader.start()
@@ -111,8 +119,10 @@ class HostStream:
         """See `WeightStream`."""
         if self._held is None or self._reader is None or not self._held.is_sparse:
             return
-        if ranges := self._experts.missing(number, experts):
-            self._reader.fill(self._held, ranges)
+        piece = self._held.tensor
+        if missing := self._experts.bring(number, experts, piece):
+            self._reader.fill(self._held, self._experts.ranges(number, missing))
+            self._experts.keep(number, piece)
 
     def expect(self, tokens: int) -> None:
         """See `WeightStream`."""
@@ -141,6 +151,7 @@ class HostStream:
         if self._reader is not None:
             self._reader.close()
         self._resident.clear()
+        self._experts.close()
 
 
 class DeviceStream:
@@ -148,37 +159,37 @@ class DeviceStream:
 
     Args:
         placed: all pieces in sweep order.
-        resident: the buffers of those that stay on the device, by number.
-        in_ram: host memory of those in the RAM tier, by number.
+        homes: of those that stay on the device, and of those in the RAM tier.
         reader: of those on disk, in chunks that need not be whole pieces; None if there are none.
         slots: what streamed pieces pass through; at most as many as there are such pieces.
         transfer: how bytes reach the device.
+        experts: those of the piece at hand, and those kept near.
         timeline: told of copies and computing.
     """
 
     def __init__(
         self,
         placed: Sequence[PlacedPiece],
-        resident: Mapping[int, BoundSlot],
-        in_ram: Mapping[int, torch.Tensor],
+        homes: Homes,
         reader: DiskReader | None,
         slots: Sequence[DeviceSlot],
         transfer: Transfer,
+        experts: ExpertFetch,
         timeline: Timeline,
     ) -> None:
         self._placed = tuple(placed)
-        self._resident = dict(resident)
-        self._in_ram = dict(in_ram)
+        self._resident = dict(homes.resident)
+        self._in_ram = dict(homes.in_ram)
         self._reader = reader
         self._slots = tuple(slots)
         self._transfer = transfer
+        self._experts = experts
         self._timeline = timeline
         self._streamed = [number for number, place in enumerate(placed) if place.tier is not Tier.VRAM]
         self._on_disk = [number for number, place in enumerate(placed) if place.tier is Tier.DISK]
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._held: DeviceSlot | None = None
-        self._experts = _Experts(placed, timeline)
         self._tokens = ALL_TOKENS
         self._has_swept = False
         self._is_closed = False
@@ -211,7 +222,9 @@ class DeviceStream:
         """See `WeightStream`."""
         if self._held is None or not self._held.is_sparse:
             return
-        ranges, slot = self._experts.missing(number, experts), self._held.tensor
+        slot = self._held.tensor
+        missing = self._experts.bring(number, experts, slot)
+        ranges = self._experts.ranges(number, missing)
         source = self._in_ram.get(number)
         if source is not None:
             for offset, nbytes in ranges:
@@ -221,6 +234,8 @@ class DeviceStream:
             for chunk in self._reader.fetch(self._on_disk.index(number), ranges):
                 self._transfer.copy_now(slot[chunk.offset : chunk.offset + chunk.nbytes], chunk.tensor)
                 self._reader.give_back(chunk, self._transfer.when_used())
+        if missing:
+            self._experts.keep(number, slot)
 
     def expect(self, tokens: int) -> None:
         """See `WeightStream`."""
@@ -257,6 +272,7 @@ class DeviceStream:
             self._reader.close()
         self._resident.clear()  # memory goes back even while somebody holds the stream
         self._in_ram.clear()
+        self._experts.close()
         self._slots, self._held = (), None
         for waiting in (self._free, self._ready):
             _drain(waiting)
@@ -321,36 +337,6 @@ class DeviceStream:
             slot.is_sparse, is_last = chunk.is_sparse, chunk.is_last
             self._transfer.copy(slot.tensor[chunk.offset : chunk.offset + chunk.nbytes], chunk.tensor)
             self._reader.give_back(chunk, self._transfer.when_copied())
-
-
-class _Experts:
-    """Which experts of the acquired piece are there, and what the sweep moves because of it."""
-
-    def __init__(self, placed: Sequence[PlacedPiece], timeline: Timeline) -> None:
-        self._placed = placed
-        self._timeline = timeline
-        self._present: set[int] = set()
-
-    def begin(self, number: int) -> None:
-        """Piece `number` has come without any."""
-        self._present.clear()
-        self._count(number, -self._of(number).nbytes)
-
-    def missing(self, number: int, experts: Sequence[int]) -> list[Range]:
-        """Where the bytes of those of `experts` lie that are not there; the caller brings them."""
-        wanted = set(experts) - self._present
-        self._present |= wanted
-        self._count(number, len(wanted) * self._of(number).expert_bytes)
-        return self._of(number).ranges(wanted)
-
-    def _of(self, number: int) -> ExpertBytes:
-        experts = self._placed[number].piece.experts
-        assert experts is not None, "only pieces with experts come without them"
-        return experts
-
-    def _count(self, number: int, nbytes: int) -> None:
-        is_on_disk = self._placed[number].tier is Tier.DISK
-        self._timeline.add_sweep_bytes(nbytes if is_on_disk else 0, 0 if is_on_disk else nbytes, 0)
 
 
 def take_until_stopped(waiting: queue.Queue[Item], stop: threading.Event) -> Item | None:

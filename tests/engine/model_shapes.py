@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from lamella_engine.placement import Bandwidths, ModelSizes
+from lamella_engine.placement import Bandwidths, ExpertSizes, ModelSizes
 
 GIB, MIB = 1024**3, 1024**2
 CARD = Bandwidths(disk=2e9, h2d=12e9, device_memory=256e9, flops=6.5e12)
@@ -39,6 +39,17 @@ LLAMA_7B = llama(16, 4096, 14336, 32000, 32, 8)
 LLAMA_70B = llama(80, 8192, 28672, 32000, 64, 8)
 
 
+_MIXTRAL = llama(32, 4096, 8 * 14336, 32000, 32, 8)
+# Eight experts of three matrices in a layer, of which a token visits two.
+MIXTRAL = replace(
+    _MIXTRAL,
+    name="mixtral",
+    active_parameters=sum(_MIXTRAL.layers) // 8,
+    intermediate_size=2 * 14336,
+    experts=ExpertSizes(8, 2, (8 * 2 * 3 * 4096 * 14336,) * 32),
+)
+
+
 def random_sizes(random_numbers: random.Random) -> ModelSizes:
     """Layers of one, two or many sizes, tied or not, stored in the compute type or in another."""
     count = random_numbers.randint(1, 90)
@@ -59,4 +70,12 @@ def random_sizes(random_numbers: random.Random) -> ModelSizes:
         vocabulary=random_numbers.randint(100, 200_000),
         kv_bytes_per_token=count * random_numbers.randint(1, 8192),
         context_length=random_numbers.choice((64, 512, 4096, 131_072)),
+        experts=_random_experts(random_numbers, layers) if random_numbers.random() < 0.3 else None,
     )
+
+
+def _random_experts(random_numbers: random.Random, layers: tuple[int, ...]) -> ExpertSizes:
+    """Experts that are most of every layer, or of every other one."""
+    count, step = random_numbers.choice((8, 64, 128)), random_numbers.choice((1, 2))
+    sizes = (0 if index % step else nbytes * 9 // 10 // count * count for index, nbytes in enumerate(layers))
+    return ExpertSizes(count, random_numbers.randint(1, 7), tuple(sizes))

@@ -11,6 +11,7 @@ import pytest
 
 from lamella_engine.disk_reader import DiskReader, slot_bytes
 from lamella_engine.errors import EngineError, ShardError
+from lamella_engine.expert_fetch import ExpertFetch
 from lamella_engine.file_reads import ReadStyle, ShardFile, read_piece
 from lamella_engine.host_memory import HostMemory
 from lamella_engine.pieces import Piece, PlacedPiece
@@ -154,12 +155,13 @@ def test_reads_are_told_to_the_timeline(pieces: tuple[Piece, ...]) -> None:
         reader.close()
 
     assert timeline.totals().read_s > 0
-    assert timeline.intervals()[0][:2] == (Lane.READ, "layer 0")
+    assert (Lane.READ, "layer 0") in [interval[:2] for interval in timeline.intervals()]
 
 
 def test_a_stream_refuses_a_model_that_skips_a_layer(pieces: tuple[Piece, ...]) -> None:
     placed = [PlacedPiece(piece, Tier.DISK) for piece in pieces]
-    stream = HostStream(placed, {}, open_reader(pieces, PIECE_BYTES, 3), Timeline())
+    timeline = Timeline()
+    stream = HostStream(placed, {}, open_reader(pieces, PIECE_BYTES, 3), ExpertFetch(placed, timeline, {}), timeline)
     try:
         stream.acquire(0)
         stream.release(0)

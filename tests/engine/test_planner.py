@@ -68,6 +68,7 @@ def check_within_budgets(sizes: ModelSizes, request: PlanRequest, plan: Plan) ->
     assert plan.ram.budget == (request.ram or plan.ring_bytes)
     held = plan.ring_bytes + plan.layer_bytes(Tier.RAM)
     held += sizes.embedding if plan.embedding is Tier.RAM and not sizes.is_tied else 0
+    held += plan.experts.ram_bytes
     assert (plan.ring_bytes > 0) == (plan.layer_bytes(Tier.DISK) > 0)
     assert plan.kv_bytes == plan.kv_tokens * sizes.kv_bytes_per_token
     if request.vram is None:
@@ -107,6 +108,7 @@ def test_random_plans_stay_within_their_budgets() -> None:
     for seed in range(TRIALS):
         numbers = random.Random(seed)
         sizes, request = random_sizes(numbers), random_request(numbers)
+        request = replace(request, expert_share=numbers.choice((0.0, 0.5)))
         plan = plan_or_none(sizes, request)
         if plan is not None:
             check_within_budgets(sizes, request, plan)

@@ -164,6 +164,11 @@ class EngineTable(_Table):
     ram: Annotated[str, BeforeValidator(_as_budget)] = Field(
         default="auto", description="host memory for weights, in the same forms; 0 keeps no layer in RAM"
     )
+    expert_cache: str = Field(
+        default="auto",
+        pattern=r"^(auto|[0-9]+(\.[0-9]+)?%)$",
+        description='share of the memory for layers that the most visited experts get, such as "50%", or "auto"',
+    )
     shared_memory: Annotated[Path | None, BeforeValidator(_as_path)] = Field(
         default=None, description="directory in memory where this host's workers share weights; left out, /dev/shm"
     )

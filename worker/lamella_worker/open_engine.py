@@ -29,6 +29,7 @@ def open_engine(config: WorkerConfig, device: PinnedDevice) -> Engine:
             kv_tokens=table.kv_tokens,
             vram=table.vram,
             ram=table.ram,
+            expert_cache=table.expert_cache,
             shared_memory=table.shared_memory,
             offline=table.offline,
         )
