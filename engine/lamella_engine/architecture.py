@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lamella_engine.alibi import slopes_of
 from lamella_engine.errors import CheckpointError, UnsupportedModel
 from lamella_engine.family_path import FamilyPath, check_decoder, check_layers, choose_path, reads_in_parts
 from lamella_engine.importers.registry import find_import
@@ -104,8 +105,14 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
     check_layers(model, layers_path, layers)
     path = choose_path(model, layers)
     built = Architecture(model, model.config.get_text_config(), layers_path, layers, path)
+    slopes = slopes_of(built.config)
     if path is FamilyPath.PACKED:
         return built
+    if slopes is not None:
+        raise UnsupportedModel(
+            f"{built.family!r} models compute their attention themselves, so that this one's linear position biases "
+            "cannot be added; use another checkpoint of the model"
+        )
     return replace(built, state_size=rehearse(model, layers), reads_in_parts=reads_in_parts(model))
 
 

@@ -2,8 +2,9 @@
 
 Registered once under the name ``lamella``; each call stores the new keys and values in the key-value cache and attends
 every query to its own sequence only. One-token spans are served in a few padded batches, longer spans one by one. Only
-kernels that old cards have are used, and no score matrix grows with the square of the context. The sweep in progress
-is thread-local, so that models which drop unknown keyword arguments work too.
+kernels that old cards have are used, and no score matrix grows with the square of the context. Linear position biases
+(`alibi`) are added for classes that compute none themselves. The sweep in progress is thread-local, so that models
+which drop unknown keyword arguments work too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import AttentionInterface
 
 from lamella_engine.errors import EngineError
 from lamella_engine.kv_cache import KVCache
-from lamella_engine.packing import Pack
+from lamella_engine.packing import ChunkedSpan, DecodeGroup, Pack
 from lamella_engine.workspace import ATTENTION_SCRATCH_BYTES
 
 IMPLEMENTATION = "lamella"
@@ -34,6 +35,7 @@ class _Sweep:
     pack: Pack
     cache: KVCache
     windows: tuple[int | None, ...]
+    slopes: torch.Tensor | None
 
 
 class AttentionCall(NamedTuple):
@@ -52,9 +54,14 @@ _current = _Current()
 
 
 @contextmanager
-def sweep_attention(pack: Pack, cache: KVCache, windows: tuple[int | None, ...]) -> Iterator[None]:
-    """Let attention calls of this thread serve `pack`; `windows` is each layer's sliding window in tokens, or None."""
-    _current.sweep = _Sweep(pack, cache, windows)
+def sweep_attention(
+    pack: Pack, cache: KVCache, windows: tuple[int | None, ...], slopes: torch.Tensor | None = None
+) -> Iterator[None]:
+    """Let attention calls of this thread serve `pack`.
+
+    `windows` is each layer's sliding window in tokens, or None; `slopes` (float32 [heads]) adds linear position biases.
+    """
+    _current.sweep = _Sweep(pack, cache, windows, slopes)
     try:
         yield
     finally:
@@ -73,11 +80,17 @@ def rehearsed_attention() -> Iterator[list[AttentionCall]]:
 
 @dataclass(frozen=True)
 class _Form:
-    """What a layer asks of the softmax: scale, soft cap on the scores, per-head sink logits."""
+    """What a layer asks of the softmax: scale, soft cap on the scores, per-head sink logits and position slopes."""
 
     scale: float
     softcap: float | None
     sinks: torch.Tensor | None
+    slopes: torch.Tensor | None
+
+    @property
+    def is_written_out(self) -> bool:
+        """No kernel computes it."""
+        return self.softcap is not None or self.sinks is not None
 
 
 def packed_attention(
@@ -102,45 +115,59 @@ def packed_attention(
     if sweep is None:
         raise EngineError("packed attention was called outside a sweep")
     window = kwargs.get("sliding_window") or sweep.windows[layer]
-    form = _Form(query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    form = _Form(scale, kwargs.get("softcap"), kwargs.get("s_aux"), sweep.slopes)
     pack, cache = sweep.pack, sweep.cache
     cache.store(layer, pack.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     parts = []
     for group in pack.groups:
         keys, values = cache.load(layer, group.slots)
         rows = query[0, :, group.first : group.first + group.count]
-        parts.append(_attend_singles(rows, keys, values, group.mask(window), form))
+        parts.append(_attend_singles(rows, keys, values, group, window, form))
     for chunk in pack.chunks:
         keys, values = cache.load(layer, chunk.slots)
         rows = query[:, :, chunk.row : chunk.row + chunk.count]
-        mask = None if chunk.is_plain_causal(window) else chunk.mask(window)
-        parts.append(_attend_chunk(rows, keys, values, mask, form))
+        parts.append(_attend_chunk(rows, keys, values, chunk, window, form))
     return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
 
 
 def _attend_singles(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, form: _Form
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    group: DecodeGroup,
+    window: int | None,
+    form: _Form,
 ) -> torch.Tensor:
-    """Decode: `query` [H, B, D], `keys`, `values` [B, L, Hk, D], `mask` [B, 1, 1, L] -> [B, H, D].
+    """Decode: `query` [H, B, D], `keys`, `values` [B, L, Hk, D] -> [B, H, D].
 
     The query heads that share a key head take the place of query positions, so keys are never repeated.
     """
     heads, batch, width = query.shape
     key_heads = keys.shape[2]
-    grouped = query.permute(1, 0, 2).reshape(batch, key_heads, heads // key_heads, width)
+    repeats = heads // key_heads
+    grouped = query.permute(1, 0, 2).reshape(batch, key_heads, repeats, width)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    if form.softcap is None and form.sinks is None:
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=form.scale)
+    seen = group.mask(window)
+    if form.slopes is not None:
+        seen = _biases(form.slopes.reshape(1, key_heads, repeats, 1), group.offsets(), seen, query.dtype)
+    if form.is_written_out:
+        sinks = None if form.sinks is None else form.sinks.reshape(1, key_heads, repeats, 1)
+        out = _softmax_attention(grouped, keys, values, seen, form, sinks)
     else:
-        sinks = None if form.sinks is None else form.sinks.reshape(1, key_heads, heads // key_heads, 1)
-        out = _softmax_attention(grouped, keys, values, mask, form, sinks)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=form.scale)
     return out.reshape(batch, heads, -1)
 
 
 def _attend_chunk(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, form: _Form
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    chunk: ChunkedSpan,
+    window: int | None,
+    form: _Form,
 ) -> torch.Tensor:
-    """Prefill: `query` [1, H, n, D], `keys`, `values` [L, Hk, D], `mask` [n, L] or None (causal) -> [n, H, D].
+    """Prefill: `query` [1, H, n, D], `keys`, `values` [L, Hk, D] -> [n, H, D].
 
     The query heads that share a key head are a batch over the same keys, so that keys are never repeated.
     """
@@ -150,37 +177,57 @@ def _attend_chunk(
     grouped = query[0].reshape(key_heads, repeats, count, width).transpose(0, 1)
     keys = keys.transpose(0, 1).expand(repeats, -1, -1, -1)
     values = values.transpose(0, 1).expand(repeats, -1, -1, -1)
-    is_written_out = form.softcap is not None or form.sinks is not None
-    step = max(16, SCORE_BYTES // (4 * heads * length * (WRITTEN_OUT if is_written_out else 1)))
-    if mask is None and not is_written_out and count <= step:
+    is_plain = form.slopes is None and not form.is_written_out
+    step = max(16, SCORE_BYTES // (4 * heads * length * (1 if is_plain else WRITTEN_OUT)))
+    if is_plain and count <= step and chunk.is_plain_causal(window):
         out = scaled_dot_product_attention(grouped, keys, values, is_causal=True, scale=form.scale)
-    else:
-        if mask is None:
-            mask = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
-        sinks = None if form.sinks is None else form.sinks.reshape(key_heads, repeats).T[..., None, None]
-        parts = [
-            _softmax_attention(rows, keys, values, seen, form, sinks)
-            if is_written_out
-            else scaled_dot_product_attention(rows, keys, values, attn_mask=seen, scale=form.scale)
-            for rows, seen in zip(torch.split(grouped, step, 2), torch.split(mask, step), strict=True)
-        ]
-        out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        return out.transpose(0, 1).reshape(heads, count, -1).transpose(0, 1)
+    sinks, slopes = (_by_key_head(per_head, key_heads) for per_head in (form.sinks, form.slopes))
+    parts = []
+    for first in range(0, count, step):
+        rows, seen = grouped[:, :, first : first + step], chunk.mask(window)[first : first + step]
+        if slopes is not None:
+            seen = _biases(slopes, chunk.offsets(first, rows.shape[2]), seen, query.dtype)
+        if form.is_written_out:
+            parts.append(_softmax_attention(rows, keys, values, seen, form, sinks))
+        else:
+            parts.append(scaled_dot_product_attention(rows, keys, values, attn_mask=seen, scale=form.scale))
+    out = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
     return out.transpose(0, 1).reshape(heads, count, -1).transpose(0, 1)
+
+
+def _by_key_head(per_head: torch.Tensor | None, key_heads: int) -> torch.Tensor | None:
+    """A number for each query head, [H] -> [H / Hk, Hk, 1, 1]."""
+    return None if per_head is None else per_head.reshape(key_heads, -1).T[..., None, None]
+
+
+def _biases(slopes: torch.Tensor, offsets: torch.Tensor, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What linear position biases add to the scores, minus infinity where a query may not look (`seen` is false).
+
+    Distances and slopes are multiplied in float32: half precision does not tell far positions apart.
+    """
+    return (slopes * offsets).masked_fill_(~seen, -torch.inf).to(dtype)
 
 
 def _softmax_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    mask: torch.Tensor,
+    seen: torch.Tensor,
     form: _Form,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention written out, for soft caps and sinks; a sink takes part in the softmax and carries no value."""
+    """Attention written out, for soft caps and sinks; a sink takes part in the softmax and carries no value.
+
+    `seen` says where a query may look, or what is added to its scores.
+    """
     scores = (query @ keys.transpose(-1, -2)) * form.scale
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if seen.dtype is torch.bool:
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + seen
     if sinks is None:
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lamella_engine.graph_recorder import Recorder, Replay
-from lamella_engine.packing import ChunkedSpan, DecodeGroup, Span, decode_mask, padded_slots
+from lamella_engine.packing import ChunkedSpan, DecodeGroup, Span, decode_mask, decode_offsets, padded_slots
 from lamella_engine.workspace import FREE_TOKENS, MAX_BUCKETS, MAX_PADDING, bucket_size
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,19 @@ class _StaticGroup:
         self.slots = torch.zeros(count, longest, dtype=torch.int64, device=device)
         self._ends = torch.ones(count, dtype=torch.int64, device=device)
         self._masks: dict[int | None, torch.Tensor] = {}
+        self._offsets: torch.Tensor | None = None
 
     def mask(self, window: int | None) -> torch.Tensor:
         """See `packing.DecodeGroup`; made when a window is first asked for, filled anew by `fill`."""
         if window not in self._masks:
             self._masks[window] = decode_mask(self._ends, self.slots.shape[1], window)
         return self._masks[window]
+
+    def offsets(self) -> torch.Tensor:
+        """See `packing.DecodeGroup`; made when first asked for, filled anew by `fill`."""
+        if self._offsets is None:
+            self._offsets = decode_offsets(self._ends, self.slots.shape[1])
+        return self._offsets
 
     def fill(self, spans: list[Span], ends: torch.Tensor) -> None:
         """Take over the slots and lengths (`ends`, on the device) of as many spans as the group has rows."""
@@ -71,6 +78,8 @@ class _StaticGroup:
         self._ends.copy_(ends)
         for window, mask in self._masks.items():
             mask.copy_(decode_mask(self._ends, longest, window))
+        if self._offsets is not None:
+            self._offsets.copy_(decode_offsets(self._ends, longest))
 
 
 class DecodePack:

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lamella_engine import architecture
+from lamella_engine.alibi import slopes_of
 from lamella_engine.architecture import Architecture
 from lamella_engine.experts import expert_tensors
 from lamella_engine.kv_shape import attention_width, context_tokens, kv_bytes_per_token, whole
@@ -78,6 +79,7 @@ def _sizes(
         context_length=context_tokens(text),
         activation_bytes=0 if tree.state_size is None else tree.state_size.activation_bytes,
         score_heads=0 if tree.state_size is None else tree.state_size.score_heads,
+        bias_heads=len(slopes_of(text) or ()),
         reads_whole=not tree.reads_in_parts,
         experts=_experts(contents.layers, tree),
     )

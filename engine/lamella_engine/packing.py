@@ -49,6 +49,9 @@ class DecodeGroup(Protocol):
     def mask(self, window: int | None) -> torch.Tensor:
         """True where a span may look, bool [count, 1, 1, longest]."""
 
+    def offsets(self) -> torch.Tensor:
+        """How far behind the span's token each position lies, as a negative number, float32 [count, 1, 1, longest]."""
+
 
 class Pack(Protocol):
     """What the sweep and its attention need of packed spans.
@@ -99,6 +102,14 @@ class ChunkedSpan:
             self._masks[window] = mask
         return mask
 
+    def offsets(self, first: int, count: int) -> torch.Tensor:
+        """How far behind the query each position lies, as a negative number: float32 [count, end].
+
+        For `count` of the span's tokens from its token `first` on; of all at once they would outgrow the scores.
+        """
+        query = torch.arange(self._start + first, self._start + first + count, device=self._device)[:, None]
+        return (torch.arange(self._end, device=self._device)[None] - query).float()
+
 
 class PaddedGroup:
     """A `DecodeGroup` of its own tensors, for one sweep."""
@@ -109,12 +120,19 @@ class PaddedGroup:
         self._ends = torch.tensor([span.end for span in spans], device=device)
         self.slots = padded_slots(spans, max(span.end for span in spans)).to(device)
         self._masks: dict[int | None, torch.Tensor] = {}
+        self._offsets: torch.Tensor | None = None
 
     def mask(self, window: int | None) -> torch.Tensor:
         """See `DecodeGroup`."""
         if window not in self._masks:
             self._masks[window] = decode_mask(self._ends, self.slots.shape[1], window)
         return self._masks[window]
+
+    def offsets(self) -> torch.Tensor:
+        """See `DecodeGroup`."""
+        if self._offsets is None:
+            self._offsets = decode_offsets(self._ends, self.slots.shape[1])
+        return self._offsets
 
 
 class PackedSweep:
@@ -161,6 +179,12 @@ def decode_mask(ends: torch.Tensor, longest: int, window: int | None) -> torch.T
     if window is not None:
         mask &= key >= ends[:, None] - window
     return mask[:, None, None, :]
+
+
+def decode_offsets(ends: torch.Tensor, longest: int) -> torch.Tensor:
+    """Each position less that of the last token, for sequences of `ends` tokens ([n]), float32 [n, 1, 1, longest]."""
+    key = torch.arange(longest, device=ends.device)[None]
+    return (key - ends[:, None] + 1).float()[:, None, None, :]
 
 
 def _place(span: Span) -> tuple[int, int]:

@@ -47,6 +47,7 @@ class ModelSizes:
         active_parameters: weights that one token multiplies with, head included.
         hidden_size, intermediate_size, attention_width, vocabulary: widths that size the activations
             (`attention_width`: query heads times head width).
+        bias_heads: query heads whose scores get linear position biases; 0 for a model without.
         itemsize: bytes of a number in the compute dtype.
         context_length: tokens a sequence may have.
         experts: None for a dense model.
@@ -69,6 +70,7 @@ class ModelSizes:
     context_length: int
     activation_bytes: int = 0
     score_heads: int = 0
+    bias_heads: int = 0
     reads_whole: bool = False
     experts: ExpertSizes | None = None
 

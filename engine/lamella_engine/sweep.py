@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lamella_engine import architecture
+from lamella_engine.alibi import slopes_of
 from lamella_engine.architecture import Architecture
 from lamella_engine.attention import IMPLEMENTATION, sweep_attention
 from lamella_engine.binding import LayerBinding
@@ -88,6 +89,8 @@ class SweepModel:
         self._model = built.model
         self._keeps_rows = "logits_to_keep" in signature(self._model.forward).parameters
         self._windows = architecture.sliding_windows(built.config, len(built.layers))
+        slopes = slopes_of(built.config)
+        self._slopes = None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=device)
         self._bindings = weights.bindings
         self._stream = weights.stream
         self._gather_tokens = gather_tokens(plan.kv_bytes, plan.kv_tokens * len(built.layers))
@@ -184,7 +187,7 @@ class SweepModel:
         return totals.disk_bytes + (0 if self.plan.vram is None else totals.ram_bytes)
 
     def _run_row(self, pack: Pack, cache: KVCache) -> torch.Tensor:
-        with sweep_attention(pack, cache, self._windows):
+        with sweep_attention(pack, cache, self._windows, self._slopes):
             output = self._model(
                 input_ids=pack.input_ids,
                 position_ids=pack.position_ids,

@@ -69,13 +69,11 @@ def sweep_bytes(sizes: ModelSizes, sweep_tokens: int, max_sequences: int, kv_tok
 
 
 def gather_bytes(sizes: ModelSizes, max_sequences: int, kv_tokens: int) -> int:
-    """Keys and values of one layer brought together for decoding, twice: attention may copy them.
+    """Keys and values of one layer brought together for decoding, twice: attention may copy them; and position biases.
 
-    Within `GATHER_BYTES`, unless the longest sequence alone needs more.
+    Keys and values are within `GATHER_BYTES`, unless the longest sequence alone needs more.
     """
-    a_token = -(-sizes.kv_bytes_per_token // len(sizes.layers))
-    padded = max(MAX_PADDING * kv_tokens, max_sequences * min(MAX_PADDING * FREE_TOKENS, kv_tokens))
-    return min(2 * padded * a_token, max(GATHER_BYTES, 2 * _longest(sizes, kv_tokens) * a_token))
+    return _gathered_bytes(sizes, max_sequences, kv_tokens) + _bias_bytes(sizes, kv_tokens)
 
 
 def gather_tokens(kv_bytes: int, kv_tokens: int) -> int:
@@ -86,10 +84,12 @@ def gather_tokens(kv_bytes: int, kv_tokens: int) -> int:
 def graph_bytes(sizes: ModelSizes, max_sequences: int, kv_tokens: int) -> int:
     """What graphs of decoding layers take for good: what launching the largest one takes, and every bucket's inputs."""
     rows = bucket_size(max_sequences)
-    group = gather_tokens(sizes.kv_bytes_per_token * kv_tokens, kv_tokens * len(sizes.layers))
-    inputs = rows * 2 * sizes.hidden_size * sizes.itemsize + group * _BUCKET_BYTES_A_TOKEN
-    gathered = min(GATHER_BYTES * 3 // 4, gather_bytes(sizes, rows, kv_tokens))  # keys, values, a copy of one of them
-    return GRAPH_LIBRARY_BYTES + rows * _token_bytes(sizes) + gathered + MAX_BUCKETS * inputs
+    group = _group_tokens(sizes, kv_tokens)
+    token_bytes = _BUCKET_BYTES_A_TOKEN + (FLOAT32_BYTES if sizes.bias_heads else 0)  # and how far away it is
+    inputs = rows * 2 * sizes.hidden_size * sizes.itemsize + group * token_bytes
+    gathered = min(GATHER_BYTES * 3 // 4, _gathered_bytes(sizes, rows, kv_tokens))  # keys, values, a copy of one of them
+    launched = rows * _token_bytes(sizes) + gathered + _bias_bytes(sizes, kv_tokens)
+    return GRAPH_LIBRARY_BYTES + launched + MAX_BUCKETS * inputs
 
 
 def bucket_size(value: int, step: int = BUCKET_STEP) -> int:
@@ -111,6 +111,22 @@ def _token_bytes(sizes: ModelSizes) -> int:
     return widths * sizes.itemsize + _FLOAT32_HIDDEN_ROWS * sizes.hidden_size * FLOAT32_BYTES + measured
 
 
+def _gathered_bytes(sizes: ModelSizes, max_sequences: int, kv_tokens: int) -> int:
+    a_token = -(-sizes.kv_bytes_per_token // len(sizes.layers))
+    padded = max(MAX_PADDING * kv_tokens, max_sequences * min(MAX_PADDING * FREE_TOKENS, kv_tokens))
+    return min(2 * padded * a_token, max(GATHER_BYTES, 2 * _longest(sizes, kv_tokens) * a_token))
+
+
+def _group_tokens(sizes: ModelSizes, kv_tokens: int) -> int:
+    return gather_tokens(sizes.kv_bytes_per_token * kv_tokens, kv_tokens * len(sizes.layers))
+
+
+def _bias_bytes(sizes: ModelSizes, kv_tokens: int) -> int:
+    """Position biases of a group of decoding sequences, in float32 and as attention takes them."""
+    group = max(_group_tokens(sizes, kv_tokens), _longest(sizes, kv_tokens))
+    return 2 * FLOAT32_BYTES * sizes.bias_heads * group
+
+
 def _longest(sizes: ModelSizes, kv_tokens: int) -> int:
     return min(kv_tokens, sizes.context_length)
 
@@ -119,7 +135,7 @@ def _scratch_bytes(sizes: ModelSizes, sweep_tokens: int, kv_tokens: int) -> int:
     longest = _longest(sizes, kv_tokens)
     repeated = 2 * longest * sizes.attention_width * sizes.itemsize
     heads = -(-sizes.attention_width // _NARROWEST_HEAD)
-    scores = 2 * heads * sweep_tokens * longest * FLOAT32_BYTES
+    scores = 2 * (heads + sizes.bias_heads) * sweep_tokens * longest * FLOAT32_BYTES
     if sizes.score_heads:
         return repeated + _SCORE_COPIES * sizes.score_heads * sweep_tokens * longest * FLOAT32_BYTES
     return min(ATTENTION_SCRATCH_BYTES, repeated + scores)

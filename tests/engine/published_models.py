@@ -146,6 +146,28 @@ def baichuan_forward(config: Config, w: Weights, tokens: list[int]) -> torch.Ten
     return linear(rms_norm(x, w["model.norm.weight"], config["rms_norm_eps"]), head)
 
 
+def linear_bias_slopes(heads: int) -> list[float]:
+    """Powers of one half, evenly spread down to the eighth; of 6 heads 4 are of this series, 2 of that of 8 heads."""
+    return {4: [1 / 4, 1 / 16, 1 / 64, 1 / 256], 6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]}[heads]
+
+
+def baichuan_13b_forward(config: Config, w: Weights, tokens: list[int]) -> torch.Tensor:
+    count, heads = len(tokens), config["num_attention_heads"]
+    # A key's score grows with its position, the same for every query: what counts in a softmax is the distance.
+    rising = torch.tensor(linear_bias_slopes(heads))[:, None, None] * torch.arange(count)
+    biases = rising + torch.full((count, count), -math.inf).triu(1)
+    x = embedding(torch.tensor(tokens), w["model.embed_tokens.weight"])
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}."
+        seen = rms_norm(x, w[at + "input_layernorm.weight"], config["rms_norm_eps"])
+        q, k, v = linear(seen, w[at + "self_attn.W_pack.weight"]).reshape(count, 3, heads, WIDTH).unbind(1)
+        scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(WIDTH) + biases
+        mixed = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(count, heads * WIDTH)
+        x = _llama_block(config, w, at, x, mixed)
+    head = normalize(w["lm_head.weight"]) if "z_loss_weight" in config else w["lm_head.weight"]
+    return linear(rms_norm(x, w["model.norm.weight"], config["rms_norm_eps"]), head)
+
+
 def internlm2_forward(config: Config, w: Weights, tokens: list[int]) -> torch.Tensor:
     epsilon, base, groups = config["rms_norm_eps"], config["rope_theta"], config["num_key_value_heads"]
     scaling = config.get("rope_scaling") or {}
@@ -287,6 +309,22 @@ def _baichuan(name: str) -> Published:
     )
 
 
+def _baichuan_13b(heads: int, **changes: object) -> Published:
+    hidden = heads * WIDTH
+    sizes = {key: value for key, value in _LLAMA_SIZES.items() if key != "max_position_embeddings"}
+    widths = {HIDDEN: hidden}
+    shapes = _shapes(_LLAMA_OUTSIDE, "model.layers.{}.", _LLAMA_TENSORS)
+    packed = {f"model.layers.{layer}.self_attn.W_pack.weight": (3 * hidden, hidden) for layer in range(LAYERS)}
+    return Published(
+        sizes
+        | {"architectures": ["BaichuanForCausalLM"], "auto_map": _auto_map("baichuan", "BaichuanForCausalLM")}
+        | {"model_type": "baichuan", "hidden_size": hidden, "num_attention_heads": heads, "model_max_length": 96}
+        | changes,
+        {name: tuple(widths.get(size, size) for size in shape) for name, shape in shapes.items()} | packed,
+        baichuan_13b_forward,
+    )
+
+
 def _chatglm(groups: int | None, **changes: object) -> Published:
     fused = HIDDEN + 2 * (groups or HEADS) * WIDTH
     return Published(
@@ -326,6 +364,8 @@ PUBLISHED = {
     "InternLM2 with biases, scaled": _internlm2(has_bias=True, scaling={"type": "linear", "factor": 4.0}),
     "Baichuan": _baichuan("BaiChuanForCausalLM"),
     "Baichuan2": _baichuan("BaichuanForCausalLM"),
+    "Baichuan 13B": _baichuan_13b(heads=6, _name_or_path="baichuan-inc/Baichuan-13B-Base"),
+    "Baichuan2 13B": _baichuan_13b(heads=4, z_loss_weight=0),
     "ChatGLM2": _chatglm(groups=2),
     "ChatGLM2 32k": _chatglm(groups=2, _name_or_path="THUDM/chatglm2-6b-32k", rope_ratio=8),
     "ChatGLM3 32k": _chatglm(groups=1, _name_or_path="THUDM/chatglm3-6b-32k", rope_ratio=50),

@@ -39,11 +39,11 @@ def test_a_repository_is_fetched_with_its_vocabulary_and_without_its_code(fake_h
 
 
 def test_a_refused_family_is_refused_before_its_weights_are_fetched(fake_hub: FakeHub, tmp_path: Path) -> None:
-    source = PUBLISHED["Baichuan2"].save(tmp_path / "source", max_position_embeddings=None)
-    fake_hub.add_directory("owner/Baichuan-13B", source)
+    source = PUBLISHED["ChatGLM2"].save(tmp_path / "source", padded_vocab_size=None)
+    fake_hub.add_directory("owner/chatglm-6b", source)
 
-    with pytest.raises(UnsupportedModel, match="ALiBi"):
-        ShardStore(tmp_path / "store").ensure("owner/Baichuan-13B")
+    with pytest.raises(UnsupportedModel, match="both directions"):
+        ShardStore(tmp_path / "store").ensure("owner/chatglm-6b")
 
     assert fake_hub.fetched_files == {"config.json"}
 
