@@ -224,10 +224,8 @@ def _softmax_attention(
     scores = (query @ keys.transpose(-1, -2)) * form.scale
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
-    if seen.dtype is torch.bool:
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + seen
+    is_mask = seen.dtype is torch.bool
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min) if is_mask else scores + seen
     if sinks is None:
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     else:

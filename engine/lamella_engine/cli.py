@@ -257,6 +257,7 @@ def _described(facts: ModelFacts) -> list[tuple[str, str]]:
         ("attention heads", f"{facts.attention_heads or '-'}, key-value heads {_several(facts.kv_heads)}"),
         ("head width", f"keys {_several(facts.key_widths)}, values {_several(facts.value_widths)}"),
         *(("rotary", _rotary(rotary)) for rotary in facts.rotary),
+        *([("positions", "linear biases (ALiBi), a slope for each head")] if facts.has_linear_biases else []),
         ("context", f"{facts.context_length} tokens" if facts.context_length else "no limit named"),
         ("sliding window", f"{facts.sliding_window} tokens" if facts.sliding_window else "none"),
         ("vocabulary", f"{facts.vocabulary}, embeddings {'tied' if facts.tied_embeddings else 'not tied'}"),

@@ -2,7 +2,8 @@
 
 Owns the choice of files and the deadline of every request. The hub library keeps what it fetched in its own cache,
 resumes partial downloads and finds the saved token. Only configs, tokenizers and safetensors are ever fetched: no
-pickled weights, no code. `hub_errors` words the failures; `shard_store` calls this and builds from the snapshot.
+pickled weights, no code. `weight_choice` and `hub_headers` tell which safetensors where their names do not,
+`hub_errors` words the failures; `shard_store` calls this and builds from the snapshot.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from types import TracebackType
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from lamella_engine.checkpoint import INDEX_FILE, SINGLE_FILE
 from lamella_engine.errors import CheckpointError, DiskFull, ModelNotFound
 from lamella_engine.hub_errors import HUB_ERRORS, HubRequest, explain
+from lamella_engine.hub_headers import fetch_tensor_names
 from lamella_engine.progress import Progress
+from lamella_engine.weight_choice import CONSOLIDATED, SUFFIX, choose_weights
 
 REQUEST_TIMEOUT_S = 15.0  # without a byte; a body may take as long as it likes while bytes arrive
 PARALLEL_FILES = 4
@@ -137,35 +141,60 @@ def _list(name: str, token: str | None) -> _Listing:
 
 
 def _weight_files(listing: _Listing, directory: Path) -> list[str]:
+    """The files that hold the weights, by the listing; by their headers where it does not tell."""
     if INDEX_FILE in listing.sizes:
-        _fetch(listing, [INDEX_FILE], None)
-        return [INDEX_FILE, *_indexed_files(directory / INDEX_FILE, listing)]
+        return _with_index(INDEX_FILE, listing, directory)
     if SINGLE_FILE in listing.sizes:
         return [SINGLE_FILE]
+    choice = choose_weights(listing.sizes, partial(_tensor_names, listing), listing.request.name)
+    if choice is None:
+        raise _no_weights(listing)
+    return list(choice.files) if choice.index is None else _with_index(choice.index, listing, directory)
+
+
+def _tensor_names(listing: _Listing, file: str) -> frozenset[str]:
+    request = listing.request
+    url = hf_hub_url(request.repository, file, revision=listing.commit, endpoint=request.endpoint)
+    try:
+        return fetch_tensor_names(url, PurePath(request.name, file), listing.token, REQUEST_TIMEOUT_S)
+    except HUB_ERRORS as error:
+        raise explain(error, request) from error
+
+
+def _no_weights(listing: _Listing) -> CheckpointError:
+    name = listing.request.name
     if any(file.endswith((".bin", ".pt", ".pth")) for file in listing.sizes):
-        raise CheckpointError(
-            f"{listing.request.name} holds only pickled weights (.bin or .pt), which can run code when read and are "
-            "not fetched. Use a repository or revision with safetensors, or convert it yourself and import the path."
+        return CheckpointError(
+            f"{name} holds only pickled weights (.bin or .pt), which can run code when read and are not fetched. Use a "
+            "repository or revision with safetensors, or convert it yourself and import the path."
         )
-    raise CheckpointError(
-        f"{listing.request.name} holds neither {INDEX_FILE} nor {SINGLE_FILE}. Use a repository with safetensors; "
-        "a .gguf file must be fetched by hand and imported by its path."
+    if any(file.startswith(CONSOLIDATED) and file.endswith(SUFFIX) for file in listing.sizes):
+        return CheckpointError(
+            f"{name} holds its weights in Mistral's own consolidated format only, whose names and layout differ. Use a "
+            "repository with model*.safetensors, or a converted copy."
+        )
+    return CheckpointError(
+        f"{name} holds no safetensors file of a model beside its {_CONFIG_FILE}. Use a repository with safetensors; a "
+        ".gguf file must be fetched by hand and imported by its path, an adapter merged into its base model."
     )
 
 
-def _indexed_files(index: Path, listing: _Listing) -> list[str]:
+def _with_index(index: str, listing: _Listing, directory: Path) -> list[str]:
+    """The index, which is fetched, and the files that it names."""
+    _fetch(listing, [index], None)
+    where = f"{index} of {listing.request.name}"
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(json.loads((directory / index).read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{INDEX_FILE} of {listing.request.name} is not a safetensors index") from error
+        raise CheckpointError(f"{where} is not a safetensors index") from error
     if not files:
-        raise CheckpointError(f"{INDEX_FILE} of {listing.request.name} names no files")
+        raise CheckpointError(f"{where} names no files")
     for file in files:
-        if not isinstance(file, str) or posixpath.basename(file) != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_FILE} of {listing.request.name} names {file!r}, not a safetensors file")
+        if not isinstance(file, str) or posixpath.basename(file) != file or not file.endswith(SUFFIX):
+            raise CheckpointError(f"{where} names {file!r}, not a safetensors file")
         if file not in listing.sizes:
             raise ModelNotFound(f"{listing.request.name} lacks {file}, which its index names; the upload is incomplete")
-    return files
+    return [index, *files]
 
 
 def _check_room(listing: _Listing, files: Iterable[str]) -> None:

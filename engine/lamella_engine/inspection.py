@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from lamella_engine import architecture
@@ -19,7 +20,7 @@ from lamella_engine.kv_shape import kv_bytes_per_token as kv_bytes_per_token
 from lamella_engine.kv_shape import kv_shapes, whole
 from lamella_engine.model_sizes import sizes_of_contents
 from lamella_engine.model_source import ModelContents, ShardContents, find_model
-from lamella_engine.model_traits import Experts, Rotary, experts_of, layer_kinds, rotary_of
+from lamella_engine.model_traits import Experts, Rotary, experts_of, has_linear_biases, layer_kinds, rotary_of
 from lamella_engine.placement import ModelSizes, Tier
 from lamella_engine.planner import PlanRequest, make_plan
 from lamella_engine.shard_store import ShardStore
@@ -60,6 +61,7 @@ class ModelFacts:
         layer_kinds: how many layers there are of each kind.
         experts: the routed experts; None for a dense model, or where sizes are not known.
         rotary: how positions are rotated, one entry a kind of layer; empty without rotary positions.
+        has_linear_biases: scores fall with the distance between tokens (ALiBi).
         layer_bytes_min, layer_bytes_max, layers_bytes: smallest layer, largest, all together.
         root_bytes: everything outside the layers, always resident.
         attention_heads: query heads. None where the family has no attention.
@@ -85,6 +87,7 @@ class ModelFacts:
     layer_kinds: dict[str, int]
     experts: Experts | None
     rotary: tuple[Rotary, ...]
+    has_linear_biases: bool
     layer_bytes_min: int
     layer_bytes_max: int
     layers_bytes: int
@@ -124,9 +127,10 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
     contents = source.contents() if source.shards else _NOTHING
     cards: tuple[CardFit, ...] = ()
     active_parameters = 0
+    modules: tuple[nn.Module, ...] = ()
     try:
         built = source.build()
-        kept = built.state_size or kept
+        kept, modules = built.state_size or kept, tuple(built.layers)
         contents = source.contents(built)
         sizes = sizes_of_contents(source, contents, built)
         cards, active_parameters = _cards(sizes), sizes.active_parameters
@@ -134,8 +138,6 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         obstacle = str(error)
     shapes = kv_shapes(text)
     layers = tuple(layer.tensor_bytes for layer in contents.layers)
-    tensors = [tensor for shard in (contents.root, *contents.layers) for tensor in shard.tensors]
-    context = whole(text, "max_position_embeddings")
     return ModelFacts(
         name=source.name,
         found_in=source.found_in,
@@ -145,12 +147,13 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         dtype=source.dtype,
         packing=source.packing,
         obstacle=obstacle,
-        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        parameters=_parameters(contents),
         active_parameters=active_parameters,
         num_layers=int(text.num_hidden_layers),
         layer_kinds=layer_kinds(text),
         experts=experts_of(text, [layer.tensors for layer in contents.layers]),
         rotary=rotary_of(text),
+        has_linear_biases=has_linear_biases(text, modules),
         layer_bytes_min=min(layers, default=0),
         layer_bytes_max=max(layers, default=0),
         layers_bytes=sum(layers),
@@ -160,7 +163,7 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         kv_heads=tuple(sorted({shape.heads for shape in shapes})),
         key_widths=tuple(sorted({shape.key_width for shape in shapes})),
         value_widths=tuple(sorted({shape.value_width for shape in shapes})),
-        context_length=context,
+        context_length=whole(text, "max_position_embeddings"),
         sliding_window=_narrowest_window(text),
         vocabulary=int(text.vocab_size),
         tied_embeddings=bool(getattr(source.config, "tie_word_embeddings", False)),
@@ -168,6 +171,10 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         state_bytes=kept.sequence_bytes,
         cards=cards,
     )
+
+
+def _parameters(contents: ModelContents) -> int:
+    return sum(math.prod(tensor.shape) for shard in (contents.root, *contents.layers) for tensor in shard.tensors)
 
 
 def _narrowest_window(config: PretrainedConfig) -> int | None:

@@ -1,4 +1,4 @@
-"""What kinds of layers, experts and rotary positions a model has, told from its config and its tensors' shapes.
+"""What kinds of layers, experts and positions a model has, told from its config and its tensors' shapes.
 
 Pure: nothing is read. `inspection` puts these beside the sizes.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from inspect import Parameter, signature
 
+from torch import nn
 from transformers import PretrainedConfig
 
+from lamella_engine.alibi import slopes_of
 from lamella_engine.kv_shape import whole
 from lamella_engine.shard_writer import size_of
 from lamella_engine.weight_source import TensorShape
@@ -99,16 +102,36 @@ def experts_of(text: PretrainedConfig, layers: Sequence[Sequence[TensorShape]]) 
 def rotary_of(text: PretrainedConfig) -> tuple[Rotary, ...]:
     """How positions are rotated, one entry a kind of layer that differs; empty for a model without rotary positions."""
     parameters = getattr(text, "rope_parameters", None)
-    if not isinstance(parameters, dict) or not parameters:
+    rotating = getattr(text, "no_rope_layers", None)  # which layers do, despite its name
+    is_rotating = not isinstance(rotating, list) or any(rotating) or not rotating
+    if not isinstance(parameters, dict) or not parameters or not is_rotating or _names_linear_biases(text):
         return ()
     if all(isinstance(part, dict) for part in parameters.values()):
         return tuple(_rotary(kind, part, text) for kind, part in parameters.items())
     return (_rotary(None, parameters, text),)
 
 
+def has_linear_biases(text: PretrainedConfig, layers: Iterable[nn.Module]) -> bool:
+    """Whether scores fall with the distance between tokens (ALiBi): by the config, or as `layers` must be given it."""
+    named = _names_linear_biases(text)
+    return any(map(_must_be_given_biases, layers)) if named is None else named
+
+
 def first_whole(text: PretrainedConfig, names: Sequence[str]) -> int | None:
     """The first of the config's values `names` that is a whole number above 0."""
     return next((found for name in names if (found := whole(text, name))), None)
+
+
+def _names_linear_biases(text: PretrainedConfig) -> bool | None:
+    """What the config says of linear biases; None if it says nothing."""
+    flags = (getattr(owner, "alibi", None) for owner in (text, getattr(text, "attn_config", None)))
+    named = next((flag for flag in flags if isinstance(flag, bool)), None)
+    return True if slopes_of(text) is not None else named
+
+
+def _must_be_given_biases(layer: nn.Module) -> bool:
+    given = signature(layer.forward).parameters.get("alibi")
+    return given is not None and given.default is Parameter.empty
 
 
 def _rotary(layers: str | None, parameters: dict[str, object], text: PretrainedConfig) -> Rotary:

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import TypeGuard
 
@@ -20,6 +20,7 @@ from lamella_engine.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 METADATA_KEY = "__metadata__"
+LENGTH_BYTES = 8  # before the header: its length
 
 # Name in the file -> (torch name, bytes per element).
 DTYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
@@ -84,31 +85,45 @@ def read_header(path: Path) -> SafetensorsHeader:
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = _header_bytes(path, file.read(8), file_bytes)
+            header_bytes = header_length(path, file.read(LENGTH_BYTES))
+            if LENGTH_BYTES + header_bytes > file_bytes:
+                raise _corrupt(path, f"its header claims {header_bytes} bytes, the whole file has {file_bytes}")
             raw = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    tensors = _tensors(path, _parse(path, raw, header_bytes), 8 + header_bytes, file_bytes)
+    tensors = _tensors(path, _parse(path, raw, header_bytes), LENGTH_BYTES + header_bytes, file_bytes)
     digest = hashlib.sha256(raw).hexdigest()
-    return SafetensorsHeader(path, file_bytes, 8 + header_bytes, MappingProxyType(tensors), digest)
+    return SafetensorsHeader(path, file_bytes, LENGTH_BYTES + header_bytes, MappingProxyType(tensors), digest)
 
 
-def _corrupt(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is not a whole safetensors file: {reason}. Fetch the file again.")
+def header_length(path: PurePath, prefix: bytes) -> int:
+    """Bytes of the header of `path`, from the bytes before it, `LENGTH_BYTES` of them.
 
-
-def _header_bytes(path: Path, prefix: bytes, file_bytes: int) -> int:
-    if len(prefix) < 8:
-        raise _corrupt(path, f"it has {file_bytes} bytes, not even a header length")
+    Raises:
+        CheckpointError: the file is shorter, or a header cannot be as long.
+    """
+    if len(prefix) < LENGTH_BYTES:
+        raise _corrupt(path, f"it has {len(prefix)} bytes, not even a header length")
     header_bytes = int.from_bytes(prefix, "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise _corrupt(path, f"its header claims {header_bytes} bytes, more than the format's {MAX_HEADER_BYTES}")
-    if 8 + header_bytes > file_bytes:
-        raise _corrupt(path, f"its header claims {header_bytes} bytes, the whole file has {file_bytes}")
     return header_bytes
 
 
-def _parse(path: Path, raw: bytes, header_bytes: int) -> dict[str, object]:
+def names_in_header(path: PurePath, raw: bytes, header_bytes: int) -> frozenset[str]:
+    """Names of the tensors that the header `raw` of `path`, which should have `header_bytes`, describes.
+
+    Raises:
+        CheckpointError: it is no header, or cut off.
+    """
+    return frozenset(_parse(path, raw, header_bytes)) - {METADATA_KEY}
+
+
+def _corrupt(path: PurePath, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a whole safetensors file: {reason}. Fetch the file again.")
+
+
+def _parse(path: PurePath, raw: bytes, header_bytes: int) -> dict[str, object]:
     if len(raw) != header_bytes:
         raise _corrupt(path, "it ends inside its header")
     try:

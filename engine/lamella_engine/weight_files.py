@@ -1,7 +1,8 @@
 """Which files of a checkpoint directory hold its weights, and which tensor is where.
 
 Owns finding them: through the index wherever there is one, never by parsing their names; and saying why a directory
-has none that can be read. `safetensors_header` checks each file, `checkpoint` reads, `pickled_checkpoint` converts.
+has none that can be read. `weight_choice` decides where names are unusual, `safetensors_header` checks each file,
+`checkpoint` reads, `pickled_checkpoint` converts.
 """
 
 from __future__ import annotations
@@ -12,21 +13,20 @@ from pathlib import Path
 
 from lamella_engine.errors import CheckpointError
 from lamella_engine.safetensors_header import SafetensorsHeader, TensorEntry, read_header
+from lamella_engine.weight_choice import ADAPTER, CONSOLIDATED, SUFFIX, choose_weights
+from lamella_engine.weight_choice import INDEX_FILE as INDEX_FILE
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-_SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
-_CONSOLIDATED, _ADAPTER = "consolidated", "adapter_model"
 _PICKLED = (PICKLED_FILE, PICKLED_INDEX, "consolidated.00.pth")
 
 Placed = Mapping[str, tuple[Path, TensorEntry]]
 
 
 def find_weights(path: Path) -> tuple[tuple[SafetensorsHeader, ...], Placed]:
-    """Find and check the weight files of the directory `path`: one file, or those that an index names.
+    """Find and check the weight files of the directory `path`: one file, those that an index names, or several parts.
 
     Returns:
         The checked headers, and each tensor's file and place.
@@ -35,22 +35,14 @@ def find_weights(path: Path) -> tuple[tuple[SafetensorsHeader, ...], Placed]:
         CheckpointError: there are none, it cannot be told which, or one is missing or corrupt.
     """
     if (path / SINGLE_FILE).is_file():
-        return _single(path / SINGLE_FILE)
-    indexes = _own(path, _INDEX_SUFFIX)
+        return _together([path / SINGLE_FILE])
     if (path / INDEX_FILE).is_file():
         return _indexed(path / INDEX_FILE)
-    if len(indexes) == 1:
-        return _indexed(indexes[0])
-    files = _own(path, _SUFFIX)
-    if len(files) == 1 and not indexes:
-        return _single(files[0])
-    if files:
-        which = f"{len(indexes)} indexes" if indexes else f"no {INDEX_FILE}"
-        raise CheckpointError(
-            f"{path} holds {len(files)} safetensors files and {which}, so it cannot be told which belong to the model; "
-            f"fetch the index, or leave one checkpoint in the directory"
-        )
-    raise CheckpointError(_why_no_weights(path))
+    names = [file.name for file in path.iterdir() if file.is_file()]
+    choice = choose_weights(names, lambda name: read_header(path / name).tensors, str(path))
+    if choice is None:
+        raise CheckpointError(_why_no_weights(path))
+    return _together([path / name for name in choice.files]) if choice.index is None else _indexed(path / choice.index)
 
 
 def has_weights(path: Path) -> bool:
@@ -97,15 +89,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _own(path: Path, suffix: str) -> list[Path]:
-    """Files with that ending that are no other format of the model and no adapter."""
-    foreign = (_CONSOLIDATED, _ADAPTER)
-    return sorted(file for file in path.glob(f"*{suffix}") if file.is_file() and not file.name.startswith(foreign))
-
-
-def _single(file: Path) -> tuple[tuple[SafetensorsHeader, ...], Placed]:
-    header = read_header(file)
-    return (header,), {name: (header.path, entry) for name, entry in header.tensors.items()}
+def _together(files: list[Path]) -> tuple[tuple[SafetensorsHeader, ...], Placed]:
+    """One file, or several of which no two hold the same tensor."""
+    headers = tuple(read_header(file) for file in files)
+    return headers, {name: (header.path, entry) for header in headers for name, entry in header.tensors.items()}
 
 
 def _indexed(index: Path) -> tuple[tuple[SafetensorsHeader, ...], Placed]:
@@ -134,7 +121,7 @@ def _indexed(index: Path) -> tuple[tuple[SafetensorsHeader, ...], Placed]:
 def _why_no_weights(path: Path) -> str:
     pickled = [name for name in _PICKLED if (path / name).exists()]
     if pickled:
-        way_out = "" if pickled[0].startswith(_CONSOLIDATED) else (
+        way_out = "" if pickled[0].startswith(CONSOLIDATED) else (
             f" If you trust where it comes from: `lamella models import NAME {path} --allow-pickle`, which converts it "
             "in a process of its own."
         )  # fmt: skip
@@ -142,12 +129,12 @@ def _why_no_weights(path: Path) -> str:
             f"{path} has its weights in {pickled[0]}, a pickle, which could run code and is not read.{way_out} Else "
             "use a checkpoint with safetensors, or make one with transformers' save_pretrained(...)"
         )
-    if list(path.glob(f"{_CONSOLIDATED}*{_SUFFIX}")):
+    if list(path.glob(f"{CONSOLIDATED}*{SUFFIX}")):
         return (
             f"{path} has its weights in Mistral's own consolidated format, whose names and layout differ. Fetch the "
             "repository's model*.safetensors and their index, which most of them have as well, or a converted copy"
         )
-    if list(path.glob(f"{_ADAPTER}*{_SUFFIX}")):
+    if list(path.glob(f"{ADAPTER}*{SUFFIX}")):
         return f"{path} holds an adapter only; merge it into its base model and give that directory"
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     if ggufs:

@@ -87,7 +87,9 @@ def graph_bytes(sizes: ModelSizes, max_sequences: int, kv_tokens: int) -> int:
     group = _group_tokens(sizes, kv_tokens)
     token_bytes = _BUCKET_BYTES_A_TOKEN + (FLOAT32_BYTES if sizes.bias_heads else 0)  # and how far away it is
     inputs = rows * 2 * sizes.hidden_size * sizes.itemsize + group * token_bytes
-    gathered = min(GATHER_BYTES * 3 // 4, _gathered_bytes(sizes, rows, kv_tokens))  # keys, values, a copy of one of them
+    gathered = min(
+        GATHER_BYTES * 3 // 4, _gathered_bytes(sizes, rows, kv_tokens)
+    )  # keys, values, a copy of one of them
     launched = rows * _token_bytes(sizes) + gathered + _bias_bytes(sizes, kv_tokens)
     return GRAPH_LIBRARY_BYTES + launched + MAX_BUCKETS * inputs
 

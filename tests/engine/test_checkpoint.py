@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lamella_engine import ShardStore
 from lamella_engine.checkpoint import DirectoryCheckpoint, read_bytes
-from lamella_engine.errors import CheckpointError, ModelNotFound, UnsupportedModel
+from lamella_engine.errors import CheckpointError, ModelError, ModelNotFound, UnsupportedModel
 from tests import tiny_models
 from tests.engine.shards import stored_weights
 
@@ -89,11 +89,41 @@ def test_a_sole_index_needs_no_usual_name(copied: Path, tmp_path: Path) -> None:
     assert len(ShardStore(tmp_path / "store").ensure("tiny", source=copied).layers) == 4
 
 
-def test_several_files_without_an_index_are_refused(copied: Path) -> None:
+def test_files_without_an_index_are_one_model_if_no_tensor_is_in_two(copied: Path, tmp_path: Path) -> None:
+    expected = {name: entry.shape for name, entry in DirectoryCheckpoint.open(copied).tensors.items()}
     (copied / INDEX).unlink()
 
-    with pytest.raises(CheckpointError, match=r"holds \d safetensors files and no model\.safetensors\.index\.json"):
+    opened = DirectoryCheckpoint.open(copied)
+
+    assert {name: entry.shape for name, entry in opened.tensors.items()} == expected
+    assert len(ShardStore(tmp_path / "store").ensure("tiny", source=copied).layers) == 4
+
+
+def test_a_missing_part_without_an_index_is_noticed_before_a_shard_is_written(copied: Path, tmp_path: Path) -> None:
+    (copied / INDEX).unlink()
+    sorted(copied.glob("*.safetensors"))[1].unlink()
+
+    with pytest.raises(ModelError, match="layers"):
+        ShardStore(tmp_path / "store").ensure("tiny", source=copied)
+
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
+
+
+def test_two_copies_without_an_index_are_refused(copied: Path) -> None:
+    (copied / INDEX).unlink()
+    first = sorted(copied.glob("*.safetensors"))[0]
+    shutil.copy(first, copied / "model.fp16.safetensors")
+
+    with pytest.raises(CheckpointError, match=rf"both {first.name} and model\.fp16\.safetensors hold 'model\."):
         DirectoryCheckpoint.open(copied)
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "gptq_model-4bit-128g.safetensors"])
+def test_a_sole_file_is_the_model_whatever_its_name(name: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_llama_dir, tmp_path / "source"))
+    (source / "model.safetensors").rename(source / name)
+
+    assert len(ShardStore(tmp_path / "store").ensure("tiny", source=source).layers) == 4
 
 
 def test_several_indexes_are_refused(copied: Path) -> None:
@@ -131,7 +161,10 @@ def test_of_two_copies_the_one_counts_that_the_index_names(copied: Path, tmp_pat
 )
 def test_other_layouts_are_refused_with_advice(files: list[str], advice: str, tmp_path: Path) -> None:
     for file in files:
-        (tmp_path / file).write_text("{}")
+        if file.endswith(".safetensors"):
+            save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, tmp_path / file)
+        else:
+            (tmp_path / file).write_text("{}")
 
     with pytest.raises(CheckpointError, match=advice):
         DirectoryCheckpoint.open(tmp_path)

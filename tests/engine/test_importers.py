@@ -117,6 +117,17 @@ def test_the_commands_import_inspect_and_plan(tmp_path: Path) -> None:
     assert planned.exit_code == 0, planned.output
 
 
+def test_the_inspect_command_tells_linear_biases(tmp_path: Path) -> None:
+    source = PUBLISHED["Baichuan 13B"].save(tmp_path / "source")
+
+    shown = CliRunner().invoke(models, ["inspect", str(source), "--store", str(tmp_path / "store")]).stdout
+
+    assert "Baichuan v1 13B, runs as smollm3" in shown
+    assert "linear biases (ALiBi)" in shown
+    assert "rotary" not in shown
+    assert "96 tokens" in shown
+
+
 def test_code_of_the_repository_is_never_run(tmp_path: Path) -> None:
     source = PUBLISHED["InternLM2"].save(tmp_path / "source")
     for module in ("configuration_internlm2", "modeling_internlm2", "tokenization_internlm2"):

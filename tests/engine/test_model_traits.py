@@ -1,4 +1,4 @@
-"""Kinds of layers, experts and rotary positions, held against the modules that transformers builds."""
+"""Kinds of layers, experts and positions, held against the modules that transformers builds."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typer.testing import CliRunner
 
+from lamella_engine import architecture
 from lamella_engine.cli import app
 from lamella_engine.inspection import inspect
-from lamella_engine.model_traits import Rotary, layer_kinds, rotary_of
+from lamella_engine.model_traits import Rotary, has_linear_biases, layer_kinds, rotary_of
 from lamella_engine.shard_store import ShardStore
 from tests import tiny_models
 
@@ -82,6 +84,32 @@ def test_rotary_positions_are_told_for_each_kind_of_layer() -> None:
     )
     assert rotary_of(config_of("gpt_neox"))[0].share == 0.25
     assert rotary_of(config_of("gpt2")) == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "expected"),
+    [
+        ("bloom", {}, True),
+        ("falcon", {"alibi": True}, True),
+        ("falcon", {"alibi": False}, False),
+        ("mpt", {}, True),
+        ("llama", {}, False),
+        ("gpt2", {}, False),
+    ],
+)
+def test_linear_biases_are_told_and_exclude_rotary_positions(
+    family: str, changed: dict[str, object], expected: bool
+) -> None:
+    config = AutoConfig.for_model(family, **changed)
+    built = architecture.build(config, torch.float32)
+
+    assert has_linear_biases(config, built.layers) is expected
+    assert not (expected and rotary_of(config))
+
+
+def test_layers_that_all_leave_rotation_out_have_no_rotary_positions() -> None:
+    assert rotary_of(config_of("smollm3", num_hidden_layers=4, no_rope_layers=[0] * 4)) == ()
+    assert rotary_of(config_of("smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 0, 0]))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
