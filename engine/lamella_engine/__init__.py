@@ -2,12 +2,14 @@
 
 In the order data flows through them:
 
-- `names`, `hub`, `hub_errors`, `weight_source`, `safetensors_header`, `weight_files`, `json_file`, `dequantise`,
-  `checkpoint`, `gguf_header`, `gguf_checkpoint`: where a model comes from, and what it expands to.
+- `names`, `hub`, `hub_headers`, `hub_errors`, `weight_source`, `safetensors_header`, `weight_choice`, `weight_files`,
+  `json_file`, `dequantise`, `checkpoint`, `gguf_header`, `gguf_checkpoint`: where a model comes from, and what it
+  expands to.
 - `unpickle`, `pickled_checkpoint`: pickled weights, on demand, made into such a checkpoint.
 - `architecture`, `family_path`, `rehearsal`, `state_size`: the module tree without weights, whether and how it can run
   here, and what its sequences keep.
-- `importers`: families that exist as code of their own only, brought onto transformers' classes.
+- `importers`: families that exist as code of their own only, brought onto transformers' classes; `alibi`: linear
+  position biases for those that need them.
 - `convert`, `shard`, `shard_writer`, `shard_builder`, `manifest`, `shard_check`, `model_lock`, `originals`,
   `shard_store`: one file per layer, built once, checked whenever it is opened.
 - `model_source`, `kv_shape`, `model_traits`, `inspection`: what a model is, from config and headers alone.
