@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
                 figures[KEPT] = _measure(sharded, arguments, count, MODES["visited"], arguments.expert_cache)
             results["sequences"][str(count)] = figures
             _say(count, figures, results["needed_bytes"])
-        results["others_busy_cores"] = bystanders.busy_cores()
-    if arguments.json:
-        write_json(arguments.json, results)
+            results["others_busy_cores"] = bystanders.busy_cores()
+            if arguments.json:  # as far as it has come: a run may be cut short
+                write_json(arguments.json, results)
     runs = results["sequences"].values()
     is_equal = all(each["token_ids"] == run["whole"]["token_ids"] for run in runs for each in run.values())
     print("tokens do not depend on the mode" if is_equal else "error: tokens depend on the mode")

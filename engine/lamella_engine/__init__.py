@@ -17,8 +17,9 @@ In the order data flows through them:
   `reserve`, `spread`, `estimate`: where every byte will live and be computed, and what a sweep will take.
 - `open_model`, `pieces`, `file_reads`, `loader`, `host_memory`, `shared_memory`, `ram_tier`, `resident`,
   `embedding_rows`: what stays is brought to its home, once.
-- `disk_reader`, `transfer`, `experts`, `expert_share`, `weight_stream`, `binding`: what does not stay, from disk or RAM
-  to the parameters that compute, in every sweep; of experts those that are visited.
+- `disk_reader`, `transfer`, `experts`, `expert_share`, `expert_room`, `expert_cache`, `expert_fetch`, `weight_stream`,
+  `binding`: what does not stay, from disk or RAM to the parameters that compute, in every sweep; of experts those that
+  are visited, and those visited most are kept.
 - `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
   layers for all sequences together; `sequence_state`, `state_pool`, `stepwise`: the same for families that keep states.
 - `sampler`, `text`, `detokenizer`: from logits to tokens to text.

@@ -32,6 +32,8 @@ class SweepProfile:
         copy_s: seconds of copies to the device.
         compute_s: seconds in which layers computed.
         bubble_s: seconds in which no layer computed.
+        experts_visited: experts wanted of layers that had come without them.
+        experts_kept: those of them that were near from earlier sweeps, on the device or in RAM.
     """
 
     sweeps: int
@@ -42,6 +44,8 @@ class SweepProfile:
     copy_s: float
     compute_s: float
     bubble_s: float
+    experts_visited: float = 0.0
+    experts_kept: float = 0.0
 
     @classmethod
     def between(cls, before: EngineCounters, after: EngineCounters) -> SweepProfile:
@@ -58,14 +62,22 @@ class SweepProfile:
             copy_s=(after.copy_s - before.copy_s) / each,
             compute_s=compute_s / each,
             bubble_s=max(0.0, after.sweep_s - before.sweep_s - compute_s) / each,
+            experts_visited=(after.experts_visited - before.experts_visited) / each,
+            experts_kept=(_kept(after) - _kept(before)) / each,
         )
 
 
+def _kept(counters: EngineCounters) -> int:
+    return counters.experts_in_vram + counters.experts_in_ram
+
+
 def profile_table(rows: Iterable[tuple[int, SweepProfile]], title: str) -> Table:
-    """A row for each number of sequences and its profile."""
+    """A row for each number of sequences and its profile; experts have a column where any were fetched."""
+    rows = list(rows)
+    has_experts = any(profile.experts_visited for _, profile in rows)
     table = Table(
         "sequences", "sweeps", "from disk", "from RAM", "from VRAM", "read s", "copy s", "compute s", "bubble s",
-        title=title, title_justify="left",
+        *(["experts (kept)"] if has_experts else []), title=title, title_justify="left",
     )  # fmt: skip
     for column in table.columns:
         column.justify = "right"
@@ -77,6 +89,7 @@ def profile_table(rows: Iterable[tuple[int, SweepProfile]], title: str) -> Table
             str(profile.sweeps),
             *(byte_size(nbytes) if nbytes else "-" for nbytes in sizes),
             *(f"{second:.4f}" if second else "-" for second in seconds),
+            *([_experts(profile)] if has_experts else []),
         )
     return table
 
@@ -87,3 +100,8 @@ def plain_console() -> Console:
     if not console.is_terminal:
         console.width = max(console.width, _PLAIN_WIDTH)
     return console
+
+
+def _experts(profile: SweepProfile) -> str:
+    visited = profile.experts_visited
+    return f"{visited:.0f} ({profile.experts_kept / visited:.0%})" if visited else "-"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from benchmarks.slow_machine import MACHINES, slow_machine
@@ -21,6 +22,7 @@ from lamella_engine.open_model import open_sweep_model
 from lamella_engine.placement import ExpertRoom, Tier
 from lamella_engine.planner import PlanRequest, make_plan
 from lamella_engine.shard import ShardedModel
+from lamella_engine.sweep_profile import SweepProfile, profile_table
 from tests import tiny_models
 from tests.engine.engine_driver import full_load_tokens, gather, generate, submit_ids
 from tests.engine.model_shapes import CARD, GIB, MIXTRAL
@@ -143,6 +145,11 @@ def test_tokens_are_those_of_a_full_load_and_fewer_bytes_are_moved(
             assert visited > 0
             assert (hits[0] > 0) == (engine is kept and in_vram > 0)
             assert (hits[1] > 0) == (engine is kept and in_ram > in_vram)
+            profile = SweepProfile.between(before, after)
+            assert profile.experts_kept * profile.sweeps == pytest.approx(sum(hits))
+            console = Console(record=True, width=160)
+            console.print(profile_table([(1, profile)], "A sweep"))
+            assert f"({sum(hits) / visited:.0%})" in console.export_text()
         for name, prompt in enumerate(PROMPTS):
             submit_ids(kept, str(name), prompt, GREEDY)
         outcomes = gather(kept, {str(name) for name in range(len(PROMPTS))})
