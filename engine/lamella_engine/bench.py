@@ -193,7 +193,7 @@ def run_bench(sharded: ShardedModel, request: BenchRequest, say: Callable[[str],
     sizes = sizes_of_sharded(sharded, built)
     options = request.engine_options(sizes.context_length)
     say("measuring disk, memory and arithmetic")
-    paths = [shard.path for shard in sharded.layers]
+    paths = sharded.layer_files
     disk = measure_disk(paths)
     bandwidths = measure_bandwidths(device, built.model.dtype, disk)
     _reset_peaks(device)

@@ -177,6 +177,11 @@ class DirectoryCheckpoint:
             return rule_conversions(self._imported.rules, self.tensors, self.read)
         return convert.hub_conversions(built, self.tensors, self.read)
 
+    def find(self, tensor: str) -> tuple[Path, TensorEntry] | None:
+        """See `WeightSource`; packed tensors have no place."""
+        is_plain = self._expansion is None or tensor in self._expansion.kept
+        return self._stored.get(tensor) if is_plain else None
+
     def write_companions(self, directory: Path, config: PretrainedConfig) -> None:
         """Copy config and tokenizer files as they are, less the settings of a packing that the shards do not have.
 

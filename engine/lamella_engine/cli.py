@@ -20,7 +20,7 @@ from lamella_engine.byte_size import byte_size
 from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.errors import EngineError, ModelError, OptionError, PlanError
 from lamella_engine.inspection import CardFit, ModelFacts
-from lamella_engine.manifest import Manifest
+from lamella_engine.manifest import ORIGINAL, Manifest
 from lamella_engine.model_traits import Experts, Rotary
 from lamella_engine.names import check_model_name
 from lamella_engine.options import DTYPES
@@ -59,6 +59,12 @@ DeleteOption = Annotated[
     typer.Option(
         "--delete-original",
         help="Then check every shard and delete the weights they were built from; never if that would lose anything.",
+    ),
+]
+InPlaceOption = Annotated[
+    bool,
+    typer.Option(
+        "--in-place", help="Read layers from the original's files, without a second copy, where they lie as needed."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")]
@@ -118,10 +124,12 @@ def pull(
     name: Annotated[str, typer.Argument(help="owner/name or owner/name@revision on the hub.")],
     store: StoreOption = None,
     dtype: DtypeOption = None,
+    in_place: InPlaceOption = False,
     delete_original: DeleteOption = False,
 ) -> None:
     """Fetch a model from the hub and build its shards; does nothing if the store has it."""
-    _build(name, None, store, dtype)
+    _check_in_place(in_place, delete_original)
+    _build(name, None, store, dtype, in_place=in_place)
     if delete_original:
         _delete_original(name, None, store)
 
@@ -132,6 +140,7 @@ def import_model(
     path: Annotated[Path, typer.Argument(help="A checkpoint directory or a .gguf file.")],
     store: StoreOption = None,
     dtype: DtypeOption = None,
+    in_place: InPlaceOption = False,
     delete_original: DeleteOption = False,
     allow_pickle: Annotated[
         bool,
@@ -146,12 +155,28 @@ def import_model(
             "--delete-original cannot go with --allow-pickle: pickles are not opened again to see whether the shards "
             "hold all that is in them. Look at the model, then delete them by hand."
         )
-    _build(name, path.expanduser(), store, dtype, allow_pickle=allow_pickle)
+    if allow_pickle and in_place:
+        raise typer.BadParameter("--in-place cannot go with --allow-pickle: a pickle's tensors do not lie in its file")
+    _check_in_place(in_place, delete_original)
+    _build(name, path.expanduser(), store, dtype, allow_pickle=allow_pickle, in_place=in_place)
     if delete_original:
         _delete_original(name, path.expanduser(), store)
 
 
-def _build(name: str, source: Path | None, root: Path | None, dtype: str | None, *, allow_pickle: bool = False) -> None:
+def _check_in_place(in_place: bool, delete_original: bool) -> None:
+    if in_place and delete_original:
+        raise typer.BadParameter("--delete-original cannot go with --in-place, which reads from the original's files")
+
+
+def _build(
+    name: str,
+    source: Path | None,
+    root: Path | None,
+    dtype: str | None,
+    *,
+    allow_pickle: bool = False,
+    in_place: bool = False,
+) -> None:
     with plain_errors():
         store = _store(root)
         is_there = store.has(check_model_name(name))
@@ -159,8 +184,13 @@ def _build(name: str, source: Path | None, root: Path | None, dtype: str | None,
             if allow_pickle and source is not None:
                 sharded = store.import_pickled(name, source, dtype=dtype, progress=progress)
             else:
-                sharded = store.ensure(_by_name(name, source), source=source, dtype=dtype, progress=progress)
+                sharded = store.ensure(
+                    _by_name(name, source), source=source, dtype=dtype, in_place=in_place, progress=progress
+                )
     what = f"{len(sharded.layers)} layers, {sharded.dtype}, {byte_size(sharded.size_bytes)}"
+    if in_place:
+        num_placed = sum(shard.path.name.startswith(ORIGINAL) for shard in sharded.layers)
+        what += f", {num_placed} of the layers read from the original's files"
     typer.echo(f"{name} is in the store already: {what}" if is_there else f"{name} is ready: {what}")
 
 

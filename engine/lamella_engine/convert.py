@@ -117,7 +117,7 @@ def hub_conversions(
             target, pattern = source, None
         if pattern is None or target not in native:
             shape = TensorShape(target, tensors[source].dtype, tensors[source].shape)
-            simple.append(Conversion((shape,), (source,), _renamed(target, source, read)))
+            simple.append(Conversion((shape,), (source,), _renamed(target, source, read), is_copy=True))
         else:
             converter = next(rule for rule in converters if pattern in rule.source_patterns)
             groups.setdefault(target, _Group(target, converter, [])).sources.append((source, pattern))
@@ -210,7 +210,7 @@ def _as(conversion: Conversion, old: str, new: str) -> Conversion:
     def run() -> dict[str, torch.Tensor]:
         return {new if name == old else name: value for name, value in conversion.run().items()}
 
-    return Conversion(targets, conversion.sources, run)
+    return Conversion(targets, conversion.sources, run, conversion.is_copy)
 
 
 def _are_equal(left: Conversion, left_name: str, right: Conversion, right_name: str) -> bool:

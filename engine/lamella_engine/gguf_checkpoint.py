@@ -29,6 +29,7 @@ from lamella_engine.architecture import Architecture
 from lamella_engine.checkpoint import read_bytes
 from lamella_engine.errors import CheckpointError, ModelNotFound, UnsupportedModel
 from lamella_engine.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from lamella_engine.safetensors_header import TensorEntry
 from lamella_engine.weight_source import Conversion, TensorShape
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,10 @@ class GgufCheckpoint:
             return processor.process(weights=weights, name=name, tensor_key_mapping=names, parsed_parameters=parameters)
 
         return [self._conversion(target, tuple(tensors), native, process) for target, tensors in sources.items()]
+
+    def find(self, tensor: str) -> tuple[Path, TensorEntry] | None:
+        """See `WeightSource`; its numbers are all in forms of their own."""
+        return None
 
     def write_companions(self, directory: Path, config: PretrainedConfig) -> None:
         """Write what the metadata hold as the files of a transformers checkpoint."""

@@ -5,6 +5,8 @@ store::
 
     <store>/<model>/manifest.json         what is published; replaced atomically
     <store>/<model>/<build>/              its files: config, tokenizer, root.safetensors, layer-00000.safetensors ...
+    <store>/<model>/<build>/layer-00000.json ...  instead of a shard: where the layer lies in a file of the original
+    <store>/<model>/<build>/original-00000.safetensors ...  those files, by another name
     <store>/<model>/<build>/built.jsonl   shards finished so far, for resuming
     <store>/<model>/<build>/checked.json  which files were hashed when, so that they are not hashed again
     <store>/.locks/<model>.lock           held by the process that builds
@@ -26,6 +28,7 @@ from lamella_engine.shard_writer import ShardRecord, sync_directory
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
 ROOT_SHARD = "root.safetensors"
+ORIGINAL = "original-"
 _BUILD_NAME = re.compile(r"[0-9a-f]{16}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -47,6 +50,8 @@ class Manifest:
         root, layers: the shards.
         companions: config and tokenizer files.
         built_at: Unix seconds.
+        originals: files of the source that layers are read from in place, under the names that the build gives them.
+        is_in_place: layers were to be read in place where they can be.
     """
 
     name: str
@@ -62,12 +67,14 @@ class Manifest:
     layers: tuple[ShardRecord, ...]
     companions: tuple[ShardRecord, ...]
     built_at: float
+    originals: tuple[ShardRecord, ...] = ()
+    is_in_place: bool = False
     format_version: int = FORMAT_VERSION
 
     @property
     def files(self) -> tuple[ShardRecord, ...]:
-        """Every file of the model: companions, root, layers."""
-        return (*self.companions, *self.shards)
+        """Every file of the model: companions, root, layers, and what they are read from in place."""
+        return (*self.companions, *self.shards, *self.originals)
 
     @property
     def shards(self) -> tuple[ShardRecord, ...]:
@@ -76,13 +83,18 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the shards."""
-        return sum(record.nbytes for record in self.shards)
+        """Bytes of the shards, and of the originals that stand in for some."""
+        return sum(record.nbytes for record in (*self.shards, *self.originals))
 
 
-def layer_file(index: int) -> str:
+def layer_file(index: int, suffix: str = ".safetensors") -> str:
     """File name of the layer `index`."""
-    return f"layer-{index:05d}.safetensors"
+    return f"layer-{index:05d}{suffix}"
+
+
+def original_file(index: int) -> str:
+    """Name that a build gives to the source's file number `index`."""
+    return f"{ORIGINAL}{index:05d}.safetensors"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -134,6 +146,7 @@ def damaged(path: Path, reason: str, name: str) -> ShardError:
 
 
 def _checked(parsed: dict[str, object]) -> Manifest:
+    parsed = {"originals": [], "is_in_place": False, **parsed}  # older manifests have none
     values = {field.name: parsed[field.name] for field in dataclasses.fields(Manifest)}
     for field in ("name", "family", "source_kind", "source", "fingerprint", "dtype", "build"):
         _text(values[field], field)
@@ -145,6 +158,9 @@ def _checked(parsed: dict[str, object]) -> Manifest:
     values["root"] = _record(values["root"])
     for field in ("layers", "companions"):
         values[field] = tuple(_record(item) for item in _list(values[field], field))
+    if not isinstance(values["originals"], list) or not isinstance(values["is_in_place"], bool):
+        raise ValueError("what is read in place is not a list")
+    values["originals"] = tuple(map(_record, values["originals"]))
     if not isinstance(values["built_at"], int | float):
         raise ValueError("built_at is not a time")
     return Manifest(**values)  # type: ignore[arg-type] # every value was checked above

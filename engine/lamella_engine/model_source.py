@@ -18,7 +18,7 @@ from lamella_engine.architecture import Architecture
 from lamella_engine.errors import ModelNotFound, UnsupportedModel
 from lamella_engine.names import check_model_name, is_model_name
 from lamella_engine.shard import Shard
-from lamella_engine.shard_check import read_shard_layout
+from lamella_engine.shard_check import read_shards
 from lamella_engine.shard_store import ShardStore, open_source
 from lamella_engine.shard_writer import lay_out, size_of
 from lamella_engine.weight_source import TensorShape, WeightSource
@@ -172,6 +172,6 @@ def _on_hub(name: str, snapshot: hub.HubSnapshot) -> ModelSource:
 def _stored(name: str, store: ShardStore) -> ModelSource:
     manifest = store.manifest(name)
     directory = store.build_directory(manifest)
-    shards = tuple(read_shard_layout(directory / record.file, name) for record in manifest.shards)
+    shards = read_shards(manifest, directory)
     config = architecture.load_config(directory)
     return ModelSource(name, "store", manifest.revision, config, manifest.dtype, shards=shards)

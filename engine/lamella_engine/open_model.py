@@ -118,7 +118,7 @@ def this_machine(
     if is_card:
         vram = parse_budget(options.vram, total_memory_bytes(device), free_memory_bytes(device), "vram")
     is_small = sharded.size_bytes < SMALL_MODEL_BYTES
-    disk = DiskProfile.assumed() if is_small else measure_disk([shard.path for shard in sharded.layers])
+    disk = DiskProfile.assumed() if is_small else measure_disk(sharded.layer_files)
     bandwidths = assumed_bandwidths(device) if is_small else measure_bandwidths(device, dtype, disk)
     style = ReadStyle(disk.depth, disk.block_bytes, disk.direct)
     return Machine(

@@ -41,6 +41,11 @@ def delete(manifest: Manifest, named: Path | None, store_root: Path) -> Deleted:
     Raises:
         ModelError: it changed since, or holds more than the shards do.
     """
+    if manifest.originals:
+        raise ModelError(
+            f"{manifest.name} reads {len(manifest.originals)} files of its original in place: there is no second "
+            "copy to be deleted, so nothing was. For shards of its own, remove it and build it without --in-place."
+        )
     original = _original(manifest, named)
     if original is None:
         return Deleted((), 0, ())

@@ -27,7 +27,7 @@ from lamella_engine.placement import ModelSizes
 from lamella_engine.plan_report import PlanReport
 from lamella_engine.plan_target import Target, TargetOptions, bandwidths_of, find_target
 from lamella_engine.planner import PlanRequest, make_plan
-from lamella_engine.shard import DATA_ALIGNMENT
+from lamella_engine.shard import DATA_ALIGNMENT, files_of
 from lamella_engine.shard_store import ShardStore, default_store_root
 
 SEQUENCES = (1, 8, 64)
@@ -91,7 +91,7 @@ def _report(model: str, store: ShardStore, options: TargetOptions, wishes: _Wish
     dtype = _compute_dtype(wishes.dtype, source, target)
     sizes = sizes_of_source(source, dtype)
     shard_bytes, disk_bytes = _check_disk(source, sizes, store, wishes.disk_space)
-    bandwidths, origins = bandwidths_of(target, options, [shard.path for shard in source.shards], dtype)
+    bandwidths, origins = bandwidths_of(target, options, files_of(source.shards), dtype)
     request = PlanRequest(
         device=target.device,
         vram=target.vram,
@@ -140,7 +140,7 @@ def _check_disk(source: ModelSource, sizes: ModelSizes, store: ShardStore, disk_
     while not place.exists():
         place = place.parent
     usage = shutil.disk_usage(place)
-    taken = sum(shard.path.stat().st_size for shard in source.shards)
+    taken = sum(path.stat().st_size for path in files_of(source.shards))
     is_auto = disk_space.strip().lower() == "auto"
     budget = usage.free + taken if is_auto else parse_budget(disk_space, usage.total, usage.free, "--disk-space")
     if needed > budget:

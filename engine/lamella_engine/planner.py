@@ -136,10 +136,13 @@ def _least_layers(sizes: ModelSizes, request: PlanRequest, layout: _Layout) -> i
 
 
 def _slot_bytes(sizes: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
-    """Room for the largest piece: a layer, and on a GPU a row of the head, which has to pass by rows at the least."""
+    """Room for the largest piece: a layer, and on a GPU a row of the head, which has to pass by rows at the least.
+
+    On a CPU, which computes from what is read, with the page that a layer in a file of the original's may begin within.
+    """
     largest = max(streamed, default=0)
     if request.vram is None:
-        return -(-largest // _ALIGNMENT) * _ALIGNMENT
+        return -(-largest // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT
     return max(largest, _row_bytes(sizes))
 
 

@@ -6,6 +6,7 @@ tensor on 64. `shard_store` makes and checks them, `reader` moves them, `binding
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its data are `nbytes` bytes from `data_start` on.
+    """One layer, or all that is outside of them: `nbytes` bytes of a file from `data_start` on.
 
-    `digest` is the SHA-256 of the whole file in hex, as recorded when it was built; empty where nobody recorded one.
+    Mostly the whole file; a layer that is read in place is part of one of the original's. `digest` is the SHA-256 of
+    the whole file in hex, as recorded when it was built; empty where nobody recorded one.
     """
 
     path: Path
@@ -57,3 +59,13 @@ class ShardedModel:
     root: Shard
     layers: tuple[Shard, ...]
     size_bytes: int
+
+    @property
+    def layer_files(self) -> list[Path]:
+        """The files that hold layers, each once."""
+        return files_of(self.layers)
+
+
+def files_of(shards: Iterable[Shard]) -> list[Path]:
+    """The files that hold `shards`, each once."""
+    return list(dict.fromkeys(shard.path for shard in shards))

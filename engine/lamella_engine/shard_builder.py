@@ -16,25 +16,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lamella_engine import architecture, convert
+from lamella_engine import architecture, convert, in_place
 from lamella_engine.convert import ModelPlan, ShardPlan
 from lamella_engine.errors import CheckpointError, DiskFull, ModelError, ShardError
+from lamella_engine.in_place import PlacedLayer, find_layer, link_original
 from lamella_engine.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     ROOT_SHARD,
     Manifest,
     layer_file,
+    original_file,
     read_manifest,
     write_manifest,
 )
 from lamella_engine.progress import BUILD, Progress
-from lamella_engine.shard_check import STAMPS_FILE, hash_file, stamp_unless_recent, write_stamps
+from lamella_engine.shard_check import STAMPS_FILE, hash_file, hash_files, stamp_unless_recent, write_stamps
 from lamella_engine.shard_writer import (
     PART_SUFFIX,
     ShardLayout,
@@ -43,6 +45,7 @@ from lamella_engine.shard_writer import (
     lay_out,
     size_of,
     sync_directory,
+    write_bytes,
     write_shard,
 )
 from lamella_engine.weight_source import SourceKind, WeightSource
@@ -56,7 +59,10 @@ _OWN_FILES = frozenset({BUILT_FILE, STAMPS_FILE})
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build: the model's name, its checked source, and the dtype to store in (None: the source's own)."""
+    """What to build: the model's name, its checked source, and the dtype to store in (None: the source's own).
+
+    `in_place` leaves layers where they lie in the source's files, where they lie there as they are needed.
+    """
 
     name: str
     source: WeightSource
@@ -64,19 +70,30 @@ class BuildRequest:
     location: str
     revision: str | None
     dtype: str | None
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
 class _PlannedShard:
-    """One shard to write: its file name, what goes into it and where."""
+    """One shard to write: its file name, what goes into it and where; or where the layer lies already."""
 
     file: str
     plan: ShardPlan
     layout: ShardLayout
+    placed: PlacedLayer | None = None
 
     @property
     def data_bytes(self) -> int:
-        return self.layout.file_bytes - len(self.layout.header)
+        return 0 if self.placed else self.layout.file_bytes - len(self.layout.header)
+
+    @property
+    def file_bytes(self) -> int:
+        return len(self.placed.as_json()) if self.placed else self.layout.file_bytes
+
+    @property
+    def key(self) -> bytes:
+        """Differs for another shard."""
+        return self.placed.as_json() if self.placed else self.layout.header
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,7 @@ class _Build:
     built: architecture.Architecture
     plan: ModelPlan
     shards: tuple[_PlannedShard, ...]
+    originals: dict[str, Path]  # files of the source that stay in use, by their name in the build
     fingerprint: str
     directory: Path
 
@@ -106,10 +124,11 @@ def build(request: BuildRequest, model_directory: Path, progress: Progress) -> M
     with _cleaned_up(planned.directory, model_directory, needed_bytes):
         _make_directory(planned.directory)
         companions = _write_companions(planned)
+        originals = _link_originals(planned, progress)
         records = _write_shards(planned, finished, progress)
         if request.source.fingerprint != planned.fingerprint:
             raise CheckpointError(f"{request.source.path} was changed while it was read; try again when it is complete")
-        manifest = _manifest(planned, companions, records)
+        manifest = _manifest(planned, companions, records, originals)
         _stamp(planned.directory, manifest)
         write_manifest(model_directory, manifest)
     _remove_leftovers(model_directory, keep=planned.directory.name)
@@ -132,14 +151,27 @@ def _plan(request: BuildRequest, model_directory: Path) -> _Build:
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"the config of {source.path} does not make a model: {error}") from error
     plan = convert.plan(built, source.conversions(built), request.dtype)
-    shards = (
-        _PlannedShard(ROOT_SHARD, plan.root, lay_out(plan.root.tensors)),
-        *(_PlannedShard(layer_file(index), layer, lay_out(layer.tensors)) for index, layer in enumerate(plan.layers)),
-    )
+    layers, originals = _plan_layers(request, plan)
+    shards = (_PlannedShard(ROOT_SHARD, plan.root, lay_out(plan.root.tensors)), *layers)
     key = hashlib.sha256(f"{FORMAT_VERSION} {fingerprint} {plan.is_untied}".encode())
     for shard in shards:
-        key.update(shard.layout.header)
-    return _Build(request, built, plan, shards, fingerprint, model_directory / key.hexdigest()[:16])
+        key.update(shard.key)
+    return _Build(request, built, plan, shards, originals, fingerprint, model_directory / key.hexdigest()[:16])
+
+
+def _plan_layers(request: BuildRequest, plan: ModelPlan) -> tuple[list[_PlannedShard], dict[str, Path]]:
+    """The layers' shards, and the files that some of them stay in."""
+    shards: list[_PlannedShard] = []
+    names: dict[Path, str] = {}
+    for index, layer in enumerate(plan.layers):
+        found = find_layer(layer, request.source.find) if request.in_place else None
+        if found is None:
+            shards.append(_PlannedShard(layer_file(index), layer, lay_out(layer.tensors)))
+            continue
+        file, placed = found
+        placed = replace(placed, file=names.setdefault(file, original_file(len(names))))
+        shards.append(_PlannedShard(layer_file(index, in_place.SUFFIX), layer, lay_out(layer.tensors), placed))
+    return shards, {name: file for file, name in names.items()}
 
 
 def _remove_leftovers(model_directory: Path, keep: str) -> None:
@@ -162,7 +194,7 @@ def _remove_leftovers(model_directory: Path, keep: str) -> None:
 
 def _finished_shards(planned: _Build) -> dict[str, ShardRecord]:
     """Shards of an earlier, killed build that are whole: recorded, and their contents hash to what was recorded."""
-    expected = {shard.file: shard.layout.file_bytes for shard in planned.shards}
+    expected = {shard.file: shard.file_bytes for shard in planned.shards}
     finished: dict[str, ShardRecord] = {}
     for record in _recorded(planned.directory / BUILT_FILE):
         path = planned.directory / record.file
@@ -191,7 +223,7 @@ def _check_room(planned: _Build, finished: dict[str, ShardRecord], model_directo
     """The bytes that have still to be written, if there is room for them."""
     pending = [shard for shard in planned.shards if shard.file not in finished]
     block_bytes = 4096
-    needed = sum(-(-shard.layout.file_bytes // block_bytes) * block_bytes for shard in pending)
+    needed = sum(-(-shard.file_bytes // block_bytes) * block_bytes for shard in pending)
     needed += planned.request.source.companion_bytes + _BOOKKEEPING_BYTES * (1 + len(planned.shards) // 200)
     free = shutil.disk_usage(_nearest_existing(model_directory)).free
     reusable = sum(path.stat().st_size for path in planned.directory.glob(f"*{PART_SUFFIX}"))
@@ -244,7 +276,7 @@ def _write_companions(planned: _Build) -> tuple[ShardRecord, ...]:
     planned.request.source.write_companions(directory, planned.built.model.config)
     if planned.plan.is_untied:
         _untie(directory / "config.json")
-    shard_files = {shard.file for shard in planned.shards}
+    shard_files = {*(shard.file for shard in planned.shards), *planned.originals}
     records = []
     for path in sorted(directory.iterdir()):
         if not path.is_file() or path.name in shard_files or path.name in _OWN_FILES:
@@ -261,6 +293,13 @@ def _untie(config_path: Path) -> None:
     if isinstance(config.get("text_config"), dict):
         config["text_config"]["tie_word_embeddings"] = False
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _link_originals(planned: _Build, progress: Progress) -> tuple[ShardRecord, ...]:
+    """Keep the source's files that layers are read from, under names of the build's own, and hash them."""
+    for name, original in planned.originals.items():
+        link_original(original, planned.directory / name)
+    return hash_files(planned.directory, list(planned.originals), progress)
 
 
 def _write_shards(planned: _Build, finished: dict[str, ShardRecord], progress: Progress) -> tuple[ShardRecord, ...]:
@@ -285,7 +324,10 @@ def _write_one(directory: Path, shard: _PlannedShard, advance: Callable[[int], N
     def rename(native: str) -> str:
         return native.removeprefix(shard.plan.prefix)
 
-    record = write_shard(directory / shard.file, shard.layout, shard.plan.conversions, rename, advance)
+    if shard.placed is not None:
+        record = write_bytes(directory / shard.file, shard.placed.as_json())
+    else:
+        record = write_shard(directory / shard.file, shard.layout, shard.plan.conversions, rename, advance)
     with (directory / BUILT_FILE).open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps({"file": record.file, "nbytes": record.nbytes, "sha256": record.sha256}) + "\n")
         file.flush()
@@ -293,7 +335,12 @@ def _write_one(directory: Path, shard: _PlannedShard, advance: Callable[[int], N
     return record
 
 
-def _manifest(planned: _Build, companions: tuple[ShardRecord, ...], records: tuple[ShardRecord, ...]) -> Manifest:
+def _manifest(
+    planned: _Build,
+    companions: tuple[ShardRecord, ...],
+    records: tuple[ShardRecord, ...],
+    originals: tuple[ShardRecord, ...],
+) -> Manifest:
     request = planned.request
     bytes_by_dtype: Counter[str] = Counter()
     for shard in planned.shards:
@@ -313,6 +360,8 @@ def _manifest(planned: _Build, companions: tuple[ShardRecord, ...], records: tup
         layers=records[1:],
         companions=companions,
         built_at=time.time(),
+        originals=originals,
+        is_in_place=request.in_place,
     )
 
 

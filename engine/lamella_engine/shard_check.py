@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lamella_engine import in_place
 from lamella_engine.errors import CheckpointError, ShardError
 from lamella_engine.manifest import Manifest, damaged, write_json
 from lamella_engine.progress import CHECK, Progress
@@ -61,6 +62,28 @@ def check_files(manifest: Manifest, directory: Path, *, use_stamps: bool, progre
         raise damaged(faults[0][0], faults[0][1] + others, manifest.name)
 
 
+def read_shards(manifest: Manifest, directory: Path) -> tuple[Shard, ...]:
+    """Read where the tensors of each shard of `manifest` lie in its build `directory`: the root, then the layers.
+
+    Raises:
+        ShardError: a file is not a shard of this format.
+    """
+    originals = {record.file: record.sha256 for record in manifest.originals}
+    return tuple(
+        _read_placed(directory / record.file, manifest.name, originals)
+        if record.file.endswith(in_place.SUFFIX)
+        else read_shard_layout(directory / record.file, manifest.name, record.sha256)
+        for record in manifest.shards
+    )
+
+
+def _read_placed(path: Path, name: str, originals: dict[str, str]) -> Shard:
+    try:
+        return in_place.read_layer(path, originals)
+    except ShardError as error:
+        raise damaged(path, str(error), name) from error
+
+
 def read_shard_layout(path: Path, name: str, digest: str = "") -> Shard:
     """Read where the tensors of the shard `path` (of the model `name`, recorded SHA-256 `digest`) lie.
 
@@ -85,6 +108,26 @@ def hash_file(path: Path) -> str:
     """SHA-256 of the file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(directory: Path, names: list[str], progress: Progress) -> tuple[ShardRecord, ...]:
+    """Hash files of any size, and say what they are.
+
+    Raises:
+        ShardError: one of them cannot be read.
+    """
+    total = sum((directory / name).stat().st_size for name in names)
+    done = 0
+    records = []
+    for name in names:
+        digest, nbytes = hashlib.sha256(), 0
+        for chunk in _chunks(directory / name):
+            digest.update(chunk)
+            nbytes += len(chunk)
+            progress(CHECK, done + nbytes, max(total, done + nbytes))
+        done += nbytes
+        records.append(ShardRecord(name, nbytes, digest.hexdigest()))
+    return tuple(records)
 
 
 def write_stamps(directory: Path, stamps: Stamps) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from lamella_engine import architecture, dequantise, hub, names, originals, shar
 from lamella_engine.checkpoint import DirectoryCheckpoint
 from lamella_engine.errors import CheckpointError, ModelError, ModelNotFound, OptionError, ShardError
 from lamella_engine.gguf_checkpoint import GgufCheckpoint
+from lamella_engine.in_place import is_own_copy
 from lamella_engine.manifest import MANIFEST_FILE, Manifest, read_manifest
 from lamella_engine.model_lock import ModelLock
 from lamella_engine.options import DTYPES
@@ -28,7 +29,7 @@ from lamella_engine.pickled_checkpoint import PickledCheckpoint
 from lamella_engine.progress import Progress, silent
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_builder import BuildRequest
-from lamella_engine.shard_check import check_files, read_shard_layout
+from lamella_engine.shard_check import check_files, read_shards
 from lamella_engine.shard_writer import as_model_error, sync_directory
 from lamella_engine.weight_files import has_weights
 from lamella_engine.weight_source import SourceKind, WeightSource
@@ -51,11 +52,12 @@ _Local = WeightSource | PickledCheckpoint
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A model as asked for: its name, the local source if one was given, and the dtype to store in."""
+    """A model as asked for: its name, the local source if one was given, and how it is to be stored."""
 
     name: str
     origin: Path | None
     dtype: str | None
+    in_place: bool = False
 
 
 class ShardStore:
@@ -76,6 +78,7 @@ class ShardStore:
         *,
         source: Path | None = None,
         dtype: str | None = None,
+        in_place: bool = False,
         offline: bool = False,
         hub_token: str | None = None,
         progress: Progress | None = None,
@@ -87,6 +90,7 @@ class ShardStore:
                 on the hub.
             source: checkpoint directory or ``.gguf`` file to build from; `model` is then the name it gets.
             dtype: torch dtype name to store the weights in; None keeps the source's (float32 for GGUF).
+            in_place: leave layers in the source's files where they lie there as they are needed, instead of a copy.
             offline: never ask the hub.
             hub_token: access token for the hub; None means the usual places.
             progress: told about downloads, building and checking.
@@ -97,7 +101,7 @@ class ShardStore:
                 works on it for longer than `build_wait_s`.
         """
         _check_dtype(dtype)
-        wanted = self._wanted(model, source, dtype)
+        wanted = replace(self._wanted(model, source, dtype), in_place=in_place)
         return self._ensured(wanted, self._local(wanted), offline, hub_token, progress or silent)
 
     def _ensured(
@@ -181,8 +185,7 @@ class ShardStore:
         """
         manifest = self._published(name)
         check_files(manifest, self.build_directory(manifest), use_stamps=False, progress=progress or silent)
-        for record in (manifest.root, *manifest.layers):
-            read_shard_layout(self.build_directory(manifest) / record.file, name)
+        read_shards(manifest, self.build_directory(manifest))
         return manifest
 
     def remove(self, name: str) -> int:
@@ -200,7 +203,8 @@ class ShardStore:
             raise self._not_found(name)
         try:
             with self._lock(name).held(name, _REMOVE_WAIT_S):
-                nbytes = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
+                files = [path for place in places for path in place.rglob("*") if path.is_file()]
+                nbytes = sum(path.stat().st_size for path in files if is_own_copy(path))
                 if directory in places:
                     (directory / MANIFEST_FILE).unlink(missing_ok=True)
                     sync_directory(directory)
@@ -290,6 +294,11 @@ class ShardStore:
                 f"{wanted.name} is in the store as {manifest.dtype}, not as {wanted.dtype}; leave the dtype out, "
                 f"import it under another name, or remove it first: `lamella models remove {wanted.name}`"
             )
+        if wanted.in_place and not manifest.is_in_place:
+            raise ModelError(
+                f"{wanted.name} is in the store already, with shards of its own; to read it in place remove it first: "
+                f"`lamella models remove {wanted.name}`"
+            )
         if local is None or local.fingerprint == manifest.fingerprint:
             return manifest
         if manifest.source != str(local.path.resolve()):
@@ -307,7 +316,8 @@ class ShardStore:
             return self._build_pickled(wanted, local, progress)
         if local is not None:
             kind = SourceKind.GGUF if isinstance(local, GgufCheckpoint) else SourceKind.DIRECTORY
-            request = BuildRequest(wanted.name, local, kind, str(local.path.resolve()), None, wanted.dtype)
+            location = str(local.path.resolve())
+            request = BuildRequest(wanted.name, local, kind, location, None, wanted.dtype, wanted.in_place)
         else:
             request = self._fetch(wanted, offline, hub_token, progress)
         return shard_builder.build(request, self._directory(wanted.name), progress)
@@ -347,14 +357,14 @@ class ShardStore:
         architecture.build(config, torch.float32)
         snapshot = hub.download(f"{repository}@{pinned.revision}", token=hub_token, progress=progress)
         source = DirectoryCheckpoint.open(snapshot.directory, expand_to=wanted.dtype)
-        return BuildRequest(name, source, SourceKind.HUB, f"hub:{repository}", snapshot.revision, wanted.dtype)
+        return BuildRequest(
+            name, source, SourceKind.HUB, f"hub:{repository}", snapshot.revision, wanted.dtype, wanted.in_place
+        )
 
     def _open(self, manifest: Manifest, progress: Progress) -> ShardedModel:
         directory = self.build_directory(manifest)
         check_files(manifest, directory, use_stamps=True, progress=progress)
-        root, *layers = (
-            read_shard_layout(directory / record.file, manifest.name, record.sha256) for record in manifest.shards
-        )
+        root, *layers = read_shards(manifest, directory)
         size_bytes = root.nbytes + sum(layer.nbytes for layer in layers)
         return ShardedModel(manifest.name, directory, manifest.dtype, root, tuple(layers), size_bytes)
 

@@ -121,6 +121,26 @@ def write_shard(
     return ShardRecord(path.name, layout.file_bytes, digest)
 
 
+def write_bytes(path: Path, data: bytes) -> ShardRecord:
+    """Write a small file that stands for a shard; `path` appears whole or not at all.
+
+    Raises:
+        DiskFull: there is no room.
+    """
+    part = path.with_name(path.name + PART_SUFFIX)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise as_model_error(error, path, len(data)) from error
+    return ShardRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames in `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

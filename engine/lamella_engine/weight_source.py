@@ -12,6 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lamella_engine.architecture import Architecture
+from lamella_engine.safetensors_header import TensorEntry
 
 
 class SourceKind(StrEnum):
@@ -39,11 +40,13 @@ class Conversion:
         targets: what `run` returns, by native name.
         sources: names in the source files, for messages.
         run: reads and converts; may use about twice the memory of its result.
+        is_copy: the one target is the one source, byte for byte, under whatever name.
     """
 
     targets: tuple[TensorShape, ...]
     sources: tuple[str, ...]
     run: Callable[[], Mapping[str, torch.Tensor]]
+    is_copy: bool = False
 
 
 class WeightSource(Protocol):
@@ -82,6 +85,9 @@ class WeightSource(Protocol):
 
     def conversions(self, architecture: Architecture) -> list[Conversion]:
         """Every step that makes native tensors of `architecture`, in any order, with exact shapes."""
+
+    def find(self, tensor: str) -> tuple[Path, TensorEntry] | None:
+        """The file that holds a source tensor as plain numbers, and its place there; None if none does."""
 
     def write_companions(self, directory: Path, config: PretrainedConfig) -> None:
         """Write config, generation config and tokenizer files into `directory`."""

@@ -10,13 +10,18 @@ from lamella_engine.shard import ShardedModel
 
 
 def stored_weights(model: ShardedModel) -> dict[str, torch.Tensor]:
-    """All tensors of a built model under their full native names, read by safetensors itself."""
+    """All tensors of a built model under their full native names, read by safetensors itself.
+
+    A layer that is read in place has its tensors under these names in the original's file.
+    """
     built = architecture.build(architecture.load_config(model.directory), torch.float32)
     weights = {}
     prefixes = ["", *(f"{built.layers_path}.{index}." for index in range(len(model.layers)))]
     for prefix, shard in zip(prefixes, (model.root, *model.layers), strict=True):
         with safe_open(shard.path, "pt") as file:
-            weights.update({prefix + spec.name: file.get_tensor(spec.name) for spec in shard.tensors})
+            held = set(file.keys())
+            for name in (spec.name for spec in shard.tensors):
+                weights[prefix + name] = file.get_tensor(name if name in held else prefix + name)
     return weights
 
 

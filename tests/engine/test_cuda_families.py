@@ -145,3 +145,16 @@ def test_text_of_models_that_see_equals_a_full_load(family: str, place: str, tmp
 
     with open_at(place, tmp_path / "source", tmp_path / "store") as engine:
         assert together(engine) == expected
+
+
+@pytest.mark.parametrize("place", ["vram", "ram", "disk"])
+def test_layers_in_the_originals_files_equal_a_full_load(
+    place: str, tokens: Callable[[str], list[list[int]]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    model = ShardStore(tmp_path).ensure("tiny", source=source, in_place=True)
+    assert all(shard.path.name.startswith("original-") for shard in model.layers)
+
+    with open_at(place, source, tmp_path) as engine:
+        assert [generate(engine, prompt, GREEDY).token_ids for prompt in PROMPTS] == tokens("llama")
+        assert together(engine) == tokens("llama")

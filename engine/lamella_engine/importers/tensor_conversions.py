@@ -35,7 +35,7 @@ def _conversion(rules: Sequence[TensorRule], entry: TensorEntry, read: Callable[
         if names is not None:
             return _by_rule(rule, names, entry, read) if names else None
     shape = TensorShape(entry.name, entry.dtype, entry.shape)
-    return Conversion((shape,), (entry.name,), lambda: {entry.name: read()})
+    return Conversion((shape,), (entry.name,), lambda: {entry.name: read()}, is_copy=True)
 
 
 def _by_rule(
