@@ -38,14 +38,17 @@ class Blockwise(Format):
     has_fixed_size = True
 
     def check(self, shape: Shape, dtype: torch.dtype) -> None:
+        """See `Format.check`."""
         check_weight(self.name, shape, dtype)
 
     def packed_parts(self, shape: Shape, dtype: torch.dtype) -> dict[str, PartSpec]:
+        """See `Format.packed_parts`."""
         self.check(shape, dtype)
         codes = PartSpec((*leading(shape), self.code_bytes(shape[-1])), torch.uint8)
         return {CODES: codes, **scale_parts(shape)}
 
     def encode(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Format.encode`."""
         shape = tuple(tensor.shape)
         parts = {
             suffix: torch.empty(spec.shape, dtype=spec.dtype, device=tensor.device)
@@ -68,8 +71,9 @@ class Blockwise(Format):
         return parts
 
     def decode(self, parts: Parts, out: torch.Tensor) -> None:
+        """See `Format.decode`."""
         codes = parts[CODES]
-        rows, columns = _size_in(codes, out)
+        rows, columns = self._size_in(codes, out)
         if kernels.are_ready(out.device, out.dtype):
             kernels.expand_blocks(self.kernel, codes, parts[SCALES], parts[EXPONENTS], out.view(rows, columns))
         elif columns % BLOCK == 0 and bitsandbytes.can_expand(self.kernel, out):
@@ -80,7 +84,7 @@ class Blockwise(Format):
 
     def decode_with_torch(self, parts: Parts, out: torch.Tensor) -> None:
         """As `decode`, by torch's own operations only: some rows at a time, on any device."""
-        rows, columns = _size_in(parts[CODES], out)
+        rows, columns = self._size_in(parts[CODES], out)
         codes, into = parts[CODES].view(rows, -1), out.view(rows, columns)
         for chunk in row_chunks(rows, columns, _at_once(_DECODED_AT_ONCE, out.device)):
             scales = self._scales(parts, chunk)
@@ -92,24 +96,33 @@ class Blockwise(Format):
                 torch.mul(self.values(codes[chunk])[:, :columns], of_number[:, :columns], out=into[chunk])
 
     def slice_rows(self, parts: Parts, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """See `Format.slice_rows`."""
         return {suffix: part[start:stop] for suffix, part in parts.items()}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """See `Format.prepare`."""
         kernels.prepare(device, dtype)
+        bitsandbytes.prepare(self.kernel)
         self.move_tables(device)
 
     def can_matvec(self, parts: Parts, x: torch.Tensor) -> bool:
+        """See `Format.can_matvec`."""
         codes = parts[CODES]
-        if codes.dim() != 2 or x.numel() != x.shape[-1]:
+        if codes.dim() != 2 or x.numel() != x.shape[-1] or codes.shape[-1] != self.code_bytes(x.shape[-1]):
             return False
         if kernels.are_ready(x.device, x.dtype):
             return kernels.can_multiply(codes, x)
         return x.shape[-1] % BLOCK == 0 and bitsandbytes.can_multiply(self.kernel, x)
 
     def matvec(self, parts: Parts, x: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Format.matvec`."""
         if not self.can_matvec(parts, x):
-            raise ValueError(f"no kernel multiplies {list(x.shape)} {x.dtype} on {x.device} with {self.name}; expand it")
+            raise ValueError(
+                f"no kernel multiplies {list(x.shape)} {x.dtype} on {x.device} with {self.name}; expand it"
+            )
         codes = parts[CODES]
+        if out.numel() != codes.shape[0] or out.dtype != x.dtype or not out.is_contiguous():
+            raise ValueError(f"{codes.shape[0]} results of {x.dtype} do not fit into {list(out.shape)} {out.dtype}")
         if kernels.are_ready(x.device, x.dtype):
             kernels.multiply(self.kernel, codes, parts[SCALES], parts[EXPONENTS], x, out)
         else:
@@ -140,17 +153,18 @@ class Blockwise(Format):
     def move_tables(self, device: torch.device) -> None:
         """Have the tables that `values` uses on `device`."""
 
+    def _size_in(self, codes: torch.Tensor, out: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of `out` as these codes fill it."""
+        rows, columns = codes.numel() // codes.shape[-1], out.shape[-1] if out.dim() else 0
+        check_out(out, (rows, columns))
+        if self.code_bytes(columns) != codes.shape[-1]:
+            raise ValueError(f"{codes.shape[-1]} bytes of {self.name} codes are no row of {columns} numbers")
+        return rows, columns
+
     def _scales(self, parts: Parts, chunk: slice) -> torch.Tensor:
         scales = parts[SCALES]
         rows = scales.numel() // scales.shape[-1]
         return scale_values(scales.view(rows, -1)[chunk], parts[EXPONENTS].view(rows, 1)[chunk])
-
-
-def _size_in(codes: torch.Tensor, out: torch.Tensor) -> tuple[int, int]:
-    rows = codes.numel() // codes.shape[-1]
-    columns = out.shape[-1] if out.dim() else 0
-    check_out(out, (rows, columns))
-    return rows, columns
 
 
 def _at_once(numbers: dict[str, int], device: torch.device) -> int:

@@ -34,7 +34,12 @@ class PackingError(NamedTuple):
 
     def plus(self, other: PackingError) -> PackingError:
         """Both together."""
-        return PackingError(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return PackingError(
+            self.squared_error + other.squared_error,
+            self.squared_weight + other.squared_weight,
+            self.full_bytes + other.full_bytes,
+            self.packed_bytes + other.packed_bytes,
+        )
 
 
 def packing_error(format: Format, tensor: torch.Tensor) -> PackingError:

@@ -40,8 +40,8 @@ class Format(ABC):
 
     A weight of shape [..., columns] is packed row by row: nothing of one row is needed to expand another, except what
     `slice_rows` carries along. So a stack of experts [experts, rows, columns] can be read and expanded expert by
-    expert, a matrix row block by row block, and a vector is one row. Parts are contiguous tensors; those of weights with
-    three or more dimensions all have the first dimension of the weight, with equal bytes for each entry.
+    expert, a matrix row block by row block, and a vector is one row. Parts are contiguous tensors; those of weights
+    with three or more dimensions all have the first dimension of the weight, with equal bytes for each entry.
 
     Expanded numbers are the same on every device, bit for bit.
     """
@@ -90,7 +90,7 @@ class Format(ABC):
 
     @abstractmethod
     def slice_rows(self, parts: Parts, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """The parts of entries `start` to `stop` of a weight's first dimension; nothing is copied."""
+        """The parts of entries `start` to `stop` of a weight's first dimension; a vector has one. Copies nothing."""
 
     @abstractmethod
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -141,7 +141,9 @@ def check_weight(name: str, shape: Shape, dtype: torch.dtype) -> None:
     """
     if not shape or 0 in shape:
         what = "is a single number" if not shape else f"of shape {list(shape)} holds nothing"
-        raise OptionError(f"{name} packs rows of numbers, and a tensor that {what} has none; leave it in full precision")
+        raise OptionError(
+            f"{name} packs rows of numbers, and a tensor that {what} has none; leave it in full precision"
+        )
     if dtype not in FULL_DTYPES:
         kind = str(dtype).removeprefix("torch.")
         raise OptionError(
@@ -155,7 +157,7 @@ def check_out(out: torch.Tensor, shape: Shape) -> None:
     Raises:
         ValueError: shape, type or layout do not fit.
     """
-    if out.shape != shape and out.numel() != math.prod(shape):
+    if out.shape[-1:] != shape[-1:] or out.numel() != math.prod(shape):
         raise ValueError(f"parts of {list(shape)} numbers do not fit into a tensor of shape {list(out.shape)}")
     if out.dtype not in FULL_DTYPES or not out.is_contiguous():
         raise ValueError(f"packed weights expand into contiguous bfloat16, float16 or float32, not {out.dtype}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from lamella_engine.formats import kernels
 from lamella_engine.formats.block_kernel import BlockKernel
 from lamella_engine.formats.blockwise import Blockwise
 from lamella_engine.formats.codes import FP4, NF4
@@ -36,12 +35,15 @@ class FourBit(Blockwise):
 
     @property
     def kernel(self) -> BlockKernel:
+        """See `Blockwise.kernel`."""
         return self._kernel
 
     def code_bytes(self, columns: int) -> int:
+        """See `Blockwise.code_bytes`."""
         return -(-columns // 2)
 
     def encode_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Blockwise.encode_blocks`."""
         kept = kept_bits(blocks.abs().amax(dim=-1), is_rounded_up=False)
         exponents = row_exponents(kept)
         nearest = _on(self._nearest, blocks.device)
@@ -62,10 +64,12 @@ class FourBit(Blockwise):
         return (halves[..., 0] << 4) | halves[..., 1], best, exponents
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """See `Blockwise.values`."""
         pairs = _on(self._pairs, codes.device)
         return pairs.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape[0], -1)
 
     def move_tables(self, device: torch.device) -> None:
+        """See `Blockwise.move_tables`."""
         _on(self._pairs, device)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from lamella_engine.formats import kernels
 from lamella_engine.formats.block_kernel import BlockKernel
 from lamella_engine.formats.blockwise import Blockwise
 from lamella_engine.formats.scales import kept_bits, row_exponents, scale_bytes, scale_values
@@ -23,12 +22,15 @@ class Int8(Blockwise):
 
     @property
     def kernel(self) -> BlockKernel:
+        """See `Blockwise.kernel`."""
         return BlockKernel("int8")
 
     def code_bytes(self, columns: int) -> int:
+        """See `Blockwise.code_bytes`."""
         return columns
 
     def encode_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Blockwise.encode_blocks`."""
         kept = kept_bits(blocks.abs().amax(dim=-1) / _LARGEST, is_rounded_up=True)
         exponents = row_exponents(kept)
         scales = scale_bytes(kept, exponents)
@@ -36,6 +38,7 @@ class Int8(Blockwise):
         return steps.to(torch.int8).view(torch.uint8).view(blocks.shape[0], -1), scales, exponents
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """See `Blockwise.values`."""
         return codes.view(torch.int8)
 
     def move_tables(self, device: torch.device) -> None:

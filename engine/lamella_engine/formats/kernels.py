@@ -14,7 +14,7 @@ import torch
 
 from lamella_engine.formats.block_kernel import BlockKernel
 from lamella_engine.formats.codes import FP4, NF4
-from lamella_engine.formats.nvrtc import Kernel, KernelError, compile_kernels
+from lamella_engine.formats.nvrtc import Argument, Kernel, KernelError, compile_kernels
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _THREADS = 256
 _WARP = 32
 _IN_A_WARP = 256  # numbers, eight a thread
 _MAX_THREADS = 0xFFFF_FFFF  # the kernels count threads in 32 bits
-_WIDE = 16  # bytes that are moved in one piece
+_WIDE, _WIDE_CODES = 16, 8  # bytes of numbers and of codes that are moved in one piece
 
 _lock = threading.Lock()
 _ready: dict[tuple[int, torch.dtype], dict[str, Kernel] | None] = {}  # None: cannot be compiled, said already
@@ -57,7 +57,7 @@ def prepare(device: torch.device, dtype: torch.dtype) -> None:
 
 def are_ready(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for results of `dtype` on `device`; compiles them if that has not been tried."""
-    return device.type == "cuda" and _kernels(device, dtype) is not None
+    return device.type == "cuda" and dtype in OUT_MACROS and _kernels(device, dtype) is not None
 
 
 def expand_blocks(
@@ -67,8 +67,8 @@ def expand_blocks(
     rows, columns = out.shape
     eights = rows * -(-columns // 8)
     assert eights <= _MAX_THREADS
-    is_wide = columns % 8 == 0 and _are_aligned(codes, out)
-    _launch(f"expand_{kernel.name}", eights, [codes, scales, exponents, out, eights, columns, int(is_wide)], out)
+    arguments: list[Argument] = [codes, scales, exponents, out, eights, columns, int(_is_wide(columns, codes, out))]
+    _launch(f"expand_{kernel.name}", eights, arguments, out)
 
 
 def expand_lossless(
@@ -83,14 +83,13 @@ def expand_lossless(
     matrices, rows, columns = out.shape
     warps = matrices * rows * -(-columns // _IN_A_WARP)
     assert warps * _WARP <= _MAX_THREADS
-    is_wide = columns % 8 == 0 and _are_aligned(mantissas, out)
-    arguments = [mantissas, planes, starts, escapes, books, out, warps, columns, rows, escapes.shape[-1], int(is_wide)]
-    _launch("expand_lossless", warps * _WARP, arguments, out)
+    counts = [warps, columns, rows, escapes.shape[-1], int(_is_wide(columns, mantissas, out))]
+    _launch("expand_lossless", warps * _WARP, [mantissas, planes, starts, escapes, books, out, *counts], out)
 
 
 def can_multiply(codes: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether `multiply` takes a matrix and an input."""
-    return x.shape[-1] % 8 == 0 and x.is_contiguous() and _are_aligned(codes, x)
+    return x.is_contiguous() and _is_wide(x.shape[-1], codes, x)
 
 
 def multiply(
@@ -106,7 +105,12 @@ def multiply(
     _launch(f"multiply_{kernel.name}", rows * _WARP, [codes, scales, exponents, x, out, rows, columns], out)
 
 
-def _launch(name: str, threads: int, arguments: list[torch.Tensor | int], out: torch.Tensor) -> None:
+def _launch(name: str, threads: int, arguments: list[Argument], out: torch.Tensor) -> None:
+    for part in arguments:
+        if isinstance(part, torch.Tensor) and not (part.is_contiguous() and part.device == out.device):
+            raise ValueError(
+                f"{name} takes contiguous tensors on {out.device}, not {list(part.shape)} on {part.device}"
+            )
     kernels = _kernels(out.device, out.dtype)
     assert kernels is not None
     kernels[name].launch(-(-threads // _THREADS), _THREADS, arguments, out.device)
@@ -130,5 +134,6 @@ def _compile(device: torch.device, dtype: torch.dtype) -> dict[str, Kernel] | No
         return None
 
 
-def _are_aligned(*tensors: torch.Tensor) -> bool:
-    return all(tensor.data_ptr() % _WIDE == 0 for tensor in tensors)
+def _is_wide(columns: int, codes: torch.Tensor, numbers: torch.Tensor) -> bool:
+    """Whether eight numbers can be moved in one piece, to or from every row."""
+    return columns % 8 == 0 and codes.data_ptr() % _WIDE_CODES == 0 and numbers.data_ptr() % _WIDE == 0

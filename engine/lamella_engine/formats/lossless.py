@@ -41,11 +41,12 @@ class Lossless(Format):
     has_fixed_size = False
 
     def check(self, shape: Shape, dtype: torch.dtype) -> None:
+        """See `Format.check`."""
         check_weight(self.name, shape, dtype)
         if dtype != torch.bfloat16:
             raise OptionError(
-                f"lossless packs bfloat16, and this tensor is {str(dtype).removeprefix('torch.')}, whose mantissas leave "
-                "little to gain; choose int8, or leave it in full precision"
+                f"lossless packs bfloat16, and this tensor is {str(dtype).removeprefix('torch.')}, of whose longer "
+                "mantissas nothing can be saved; choose int8, or leave it in full precision"
             )
         if math.prod(shape[-2:]) >= 1 << 31:
             raise OptionError(
@@ -54,6 +55,7 @@ class Lossless(Format):
             )
 
     def packed_parts(self, shape: Shape, dtype: torch.dtype) -> dict[str, PartSpec]:
+        """See `Format.packed_parts`."""
         self.check(shape, dtype)
         lead, columns = leading(shape), shape[-1]
         matrices = shape[:-2]
@@ -66,6 +68,7 @@ class Lossless(Format):
         }
 
     def encode(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Format.encode`."""
         shape = tuple(tensor.shape)
         parts = {
             suffix: torch.empty(spec.shape, dtype=spec.dtype, device=tensor.device)
@@ -85,6 +88,7 @@ class Lossless(Format):
         return parts | {ESCAPES: torch.stack(padded).view(*shape[:-2], most)}
 
     def decode(self, parts: Parts, out: torch.Tensor) -> None:
+        """See `Format.decode`."""
         mantissas, into = _matrices(parts[MANTISSAS], out)
         if kernels.are_ready(out.device, out.dtype):
             kernels.expand_lossless(mantissas, parts[PLANE_BITS], parts[STARTS], parts[ESCAPES], parts[BOOK], into)
@@ -98,27 +102,32 @@ class Lossless(Format):
         planes = parts[PLANE_BITS].view(matrices, rows, PLANES, -1)
         starts, escapes = parts[STARTS].view(matrices, rows, -1), parts[ESCAPES].view(matrices, -1)
         books = parts[BOOK].view(matrices, -1)
-        at_once = _DECODED_AT_ONCE["cpu" if out.device.type == "cpu" else "cuda"]
+        is_cpu = out.device.type == "cpu"
+        at_once, fill = _DECODED_AT_ONCE["cpu" if is_cpu else "cuda"], fill_in_order if is_cpu else fill_by_count
         for index in range(matrices):
             book = Codebook(books[index])
             for chunk in row_chunks(rows, columns, at_once):
                 exponents, is_escape = book.exponents(planes[index, chunk])
                 exponents, is_escape = exponents[:, :columns], is_escape[:, :columns]
-                exponents = _with_escapes(exponents, is_escape, escapes[index], starts[index, chunk.start, 0])
+                exponents = fill(exponents, is_escape, escapes[index], starts[index, chunk.start, 0])
                 into[index, chunk] = put_together(mantissas[index, chunk], exponents)
 
     def slice_rows(self, parts: Parts, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """See `Format.slice_rows`."""
         # Rows of one matrix share its book and its list of escapes: their counts lead to the right place of it.
         shared = (ESCAPES, BOOK) if parts[BOOK].dim() == 1 else ()
         return {suffix: part if suffix in shared else part[start:stop] for suffix, part in parts.items()}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """See `Format.prepare`."""
         kernels.prepare(device, dtype)
 
     def can_matvec(self, parts: Parts, x: torch.Tensor) -> bool:
+        """See `Format.can_matvec`."""
         return False
 
     def matvec(self, parts: Parts, x: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Format.matvec`."""
         raise ValueError("lossless weights are multiplied after they are expanded")
 
 
@@ -159,7 +168,7 @@ def _encode_matrix(numbers: torch.Tensor, places: Parts) -> torch.Tensor:
 def _choose_book(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The commonest exponents in rising order, uint8 [8], and the code of each exponent, uint8 [256]."""
     counts = torch.zeros(256, dtype=torch.int64, device=numbers.device)
-    for chunk in row_chunks(*numbers.shape, _ENCODED_AT_ONCE):
+    for chunk in row_chunks(numbers.shape[0], numbers.shape[1], _ENCODED_AT_ONCE):
         _, exponents = take_apart(numbers[chunk].contiguous())
         counts += torch.bincount(exponents.reshape(-1).to(torch.int32), minlength=256)
     commonest = counts.sort(descending=True, stable=True).indices[:ESCAPE].sort().values
@@ -168,14 +177,24 @@ def _choose_book(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.nn.functional.pad(commonest, (0, 1)).to(torch.uint8), code_of
 
 
-def _with_escapes(
+def fill_in_order(
     exponents: torch.Tensor, is_escape: torch.Tensor, escapes: torch.Tensor, first: torch.Tensor
 ) -> torch.Tensor:
-    """Exponents with the escapes filled in; `first` is a number on the device, the place of the first one in the list."""
-    if exponents.device.type == "cpu":
-        listed = escapes[int(first) :]
-        return exponents.masked_scatter(is_escape, listed) if listed.numel() else exponents
-    # Nothing of a size that only the device knows: it would have to be waited for.
+    """Exponents with their escapes, copied one behind the other; asks the device for a number, so for processors only.
+
+    Args:
+        exponents, is_escape: [rows, columns].
+        escapes: the list of the matrix.
+        first: where in the list the first one of these rows is.
+    """
+    listed = escapes[int(first) :]
+    return exponents.masked_scatter(is_escape, listed) if listed.numel() else exponents
+
+
+def fill_by_count(
+    exponents: torch.Tensor, is_escape: torch.Tensor, escapes: torch.Tensor, first: torch.Tensor
+) -> torch.Tensor:
+    """As `fill_in_order`, waiting for nothing: each number counts the escapes before it."""
     place = is_escape.reshape(-1).cumsum(0, dtype=torch.int32).view(is_escape.shape) + (first - 1)
     place.clamp_(0, escapes.numel() - 1)
     return torch.where(is_escape, escapes[place], exponents)

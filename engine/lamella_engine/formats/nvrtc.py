@@ -1,7 +1,7 @@
 """Compiles CUDA source at run time with the NVRTC that torch brings along, and starts what comes out.
 
-Owns the two C libraries (NVRTC and the driver) and everything said to them. Needs no toolkit, no compiler and no header on
-the machine. Launches go to torch's current stream, wait for nothing and allocate nothing, so they can be recorded in
+Owns the two C libraries (NVRTC and the driver) and everything said to them. Needs no toolkit, no compiler and no header
+on the machine. Launches go to torch's current stream, wait for nothing and allocate nothing, so they can be recorded in
 a graph. Neighbour: `kernels` knows what is compiled.
 """
 
