@@ -141,24 +141,22 @@ extern "C" __global__ void expand_int8(
 // A warp expands 256 numbers of a row. Code 7 means that the exponent is the next one of the matrix's list of escapes;
 // `starts` says how many came before these 256, the warp adds how many its lower lanes have.
 extern "C" __global__ void expand_lossless(
-    const u8* mantissas, const u8* planes, const u32* starts, const u8* escapes, const u8* books, number* out,
+    const u8* mantissas, const u8* codes, const u32* starts, const u8* escapes, const u8* books, number* out,
     u32 warps, u32 columns, u32 rows_a_matrix, u32 escapes_a_matrix, u32 is_wide) {
     u32 warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (warp >= warps) return;
-    u32 in_row = (columns + 255) / 256, plane_bytes = (columns + 7) / 8;
+    u32 in_row = (columns + 255) / 256, code_bytes = (columns + 7) / 8 * 3;
     u64 row = warp / in_row;
     u32 column = (warp % in_row) * 256 + lane * 8;
     u32 count = column < columns ? min(8u, columns - column) : 0;
     u64 matrix = row / rows_a_matrix;
 
-    u32 low = 0, middle = 0, high = 0;
+    u32 packed = 0;  // code i in bits 3 i to 3 i + 2
     if (count) {
-        const u8* plane = planes + row * 3 * plane_bytes + column / 8;
-        low = plane[0];
-        middle = plane[plane_bytes];
-        high = plane[2 * plane_bytes];
+        const u8* own_codes = codes + row * code_bytes + column / 8 * 3;
+        packed = own_codes[0] | (u32)own_codes[1] << 8 | (u32)own_codes[2] << 16;
     }
-    u32 escaped = low & middle & high, own = __popc(escaped), sum = own;
+    u32 own = __popc(packed & packed >> 1 & packed >> 2 & 0x249249u), sum = own;
 #pragma unroll
     for (u32 distance = 1; distance < 32; distance *= 2) {
         u32 other = __shfl_up_sync(0xFFFFFFFFu, sum, distance);
@@ -167,13 +165,14 @@ extern "C" __global__ void expand_lossless(
     if (!count) return;
 
     const u8* next = escapes + matrix * escapes_a_matrix + (starts[warp] + sum - own);
-    u64 book = load_bytes(books + matrix * 8, 8, true);
+    const u32* book = reinterpret_cast<const u32*>(books + matrix * 8);
+    u32 lower = book[0], upper = book[1];
     u64 signs = load_bytes(mantissas + row * columns + column, count, is_wide);
     Eight values;
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) {
-        u32 code = ((low >> i) & 1u) | ((middle >> i) & 1u) << 1 | ((high >> i) & 1u) << 2;
-        u32 exponent = (u32)(book >> (8 * code)) & 255u;
+        u32 code = (packed >> (3 * i)) & 7u;
+        u32 exponent = __byte_perm(lower, upper, code) & 255u;
         if (code == 7) exponent = *next++;
         u32 sign = (u32)(signs >> (8 * i)) & 255u;
         u32 bits = (sign & 0x80u) << 8 | exponent << 7 | (sign & 0x7Fu);

@@ -73,7 +73,7 @@ def expand_blocks(
 
 def expand_lossless(
     mantissas: torch.Tensor,
-    planes: torch.Tensor,
+    codes: torch.Tensor,
     starts: torch.Tensor,
     escapes: torch.Tensor,
     books: torch.Tensor,
@@ -84,7 +84,7 @@ def expand_lossless(
     warps = matrices * rows * -(-columns // _IN_A_WARP)
     assert warps * _WARP <= _MAX_THREADS
     counts = [warps, columns, rows, escapes.shape[-1], int(_is_wide(columns, mantissas, out))]
-    _launch("expand_lossless", warps * _WARP, [mantissas, planes, starts, escapes, books, out, *counts], out)
+    _launch("expand_lossless", warps * _WARP, [mantissas, codes, starts, escapes, books, out, *counts], out)
 
 
 def can_multiply(codes: torch.Tensor, x: torch.Tensor) -> bool:

@@ -25,9 +25,17 @@ from lamella_engine.formats.format import (
     leading,
     row_chunks,
 )
-from lamella_engine.formats.lossless_bits import ESCAPE, PLANES, Codebook, pack_planes, put_together, take_apart
+from lamella_engine.formats.lossless_bits import (
+    CODE_BITS,
+    ESCAPE,
+    Codebook,
+    code_bytes,
+    pack_codes,
+    put_together,
+    take_apart,
+)
 
-MANTISSAS, PLANE_BITS, STARTS, ESCAPES, BOOK = "mantissas", "planes", "starts", "escapes", "book"
+MANTISSAS, CODES, STARTS, ESCAPES, BOOK = "mantissas", "codes", "starts", "escapes", "book"
 COUNTED = 256
 """Numbers of a row that share a count of the escapes before them."""
 _DECODED_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 23}  # numbers
@@ -61,10 +69,10 @@ class Lossless(Format):
         matrices = shape[:-2]
         return {
             MANTISSAS: PartSpec((*lead, columns), torch.uint8),
-            PLANE_BITS: PartSpec((*lead, PLANES, -(-columns // 8)), torch.uint8),
+            CODES: PartSpec((*lead, code_bytes(columns)), torch.uint8),
             STARTS: PartSpec((*lead, -(-columns // COUNTED)), torch.int32),
             ESCAPES: PartSpec((*matrices, math.prod(shape[-2:])), torch.uint8),
-            BOOK: PartSpec((*matrices, 1 << PLANES), torch.uint8),
+            BOOK: PartSpec((*matrices, 1 << CODE_BITS), torch.uint8),
         }
 
     def encode(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -76,7 +84,10 @@ class Lossless(Format):
             if suffix != ESCAPES
         }
         rows, columns = leading(shape)[-1], shape[-1]
-        places = {suffix: part.view(-1, *_of_matrix(suffix, part, rows)) for suffix, part in parts.items()}
+        places = {
+            suffix: part.view(-1, part.shape[-1]) if suffix == BOOK else part.view(-1, rows, part.shape[-1])
+            for suffix, part in parts.items()
+        }
         numbers = tensor.reshape(-1, rows, columns)
         escapes = [
             _encode_matrix(matrix, {suffix: place[index] for suffix, place in places.items()})
@@ -91,7 +102,7 @@ class Lossless(Format):
         """See `Format.decode`."""
         mantissas, into = _matrices(parts[MANTISSAS], out)
         if kernels.are_ready(out.device, out.dtype):
-            kernels.expand_lossless(mantissas, parts[PLANE_BITS], parts[STARTS], parts[ESCAPES], parts[BOOK], into)
+            kernels.expand_lossless(mantissas, parts[CODES], parts[STARTS], parts[ESCAPES], parts[BOOK], into)
         else:
             self.decode_with_torch(parts, out)
 
@@ -99,7 +110,7 @@ class Lossless(Format):
         """As `decode`, by torch's own operations only: some rows at a time, on any device."""
         mantissas, into = _matrices(parts[MANTISSAS], out)
         matrices, rows, columns = mantissas.shape
-        planes = parts[PLANE_BITS].view(matrices, rows, PLANES, -1)
+        codes = parts[CODES].view(matrices, rows, -1)
         starts, escapes = parts[STARTS].view(matrices, rows, -1), parts[ESCAPES].view(matrices, -1)
         books = parts[BOOK].view(matrices, -1)
         is_cpu = out.device.type == "cpu"
@@ -107,7 +118,7 @@ class Lossless(Format):
         for index in range(matrices):
             book = Codebook(books[index])
             for chunk in row_chunks(rows, columns, at_once):
-                exponents, is_escape = book.exponents(planes[index, chunk])
+                exponents, is_escape = book.exponents(codes[index, chunk])
                 exponents, is_escape = exponents[:, :columns], is_escape[:, :columns]
                 exponents = fill(exponents, is_escape, escapes[index], starts[index, chunk.start, 0])
                 into[index, chunk] = put_together(mantissas[index, chunk], exponents)
@@ -131,13 +142,6 @@ class Lossless(Format):
         raise ValueError("lossless weights are multiplied after they are expanded")
 
 
-def _of_matrix(suffix: str, part: torch.Tensor, rows: int) -> Shape:
-    """The shape of one matrix's part."""
-    if suffix == BOOK:
-        return (part.shape[-1],)
-    return (rows, *part.shape[-2:]) if suffix == PLANE_BITS else (rows, part.shape[-1])
-
-
 def _matrices(mantissas: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as [matrices, rows, columns]."""
     check_out(out, tuple(mantissas.shape))
@@ -156,7 +160,7 @@ def _encode_matrix(numbers: torch.Tensor, places: Parts) -> torch.Tensor:
         codes = code_of[exponents.to(torch.int32)]
         is_escape = codes == ESCAPE
         places[MANTISSAS][chunk] = mantissas
-        places[PLANE_BITS][chunk] = pack_planes(codes)
+        places[CODES][chunk] = pack_codes(codes)
         counts = torch.nn.functional.pad(is_escape, (0, -columns % COUNTED)).view(codes.shape[0], -1, COUNTED).sum(-1)
         ends = counts.view(-1).cumsum(0) + before
         places[STARTS][chunk] = (ends - counts.view(-1)).view(counts.shape).to(torch.int32)

@@ -1,16 +1,14 @@
-"""bfloat16 taken apart and put together again: signs with mantissas, and exponents as codes in three bit planes.
+"""bfloat16 taken apart and put together again: signs with mantissas, and exponents as codes of three bits.
 
 Owns bits and bytes; `lossless` owns what is stored. Everything works on rows [rows, columns] and on any device.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 ESCAPE = 7
-PLANES = 3
+CODE_BITS = 3
 _SIGN_AND_MANTISSA = 0x807F - 0x10000  # as int16
 
 
@@ -29,64 +27,51 @@ def put_together(mantissas: torch.Tensor, exponents: torch.Tensor) -> torch.Tens
     return bits.view(torch.bfloat16)
 
 
-def pack_planes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes of three bits as bit planes: uint8 [rows, columns] -> uint8 [rows, 3, columns / 8, rounded up].
+def code_bytes(columns: int) -> int:
+    """Bytes of a row's codes: three for eight numbers."""
+    return -(-columns // 8) * CODE_BITS
 
-    Bit i of byte j of a plane belongs to number 8 j + i; missing numbers are zeros.
+
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of three bits, eight in three bytes: uint8 [rows, columns] -> uint8 [rows, `code_bytes`].
+
+    Read as a number whose lowest byte is first, three bytes have number i's code in bits 3 i to 3 i + 2; missing
+    numbers are zeros.
     """
     rows, columns = codes.shape
     eights = torch.nn.functional.pad(codes, (0, -columns % 8)).view(rows, -1, 8)
-    planes = torch.zeros((rows, PLANES, eights.shape[1]), dtype=torch.uint8, device=codes.device)
-    for plane in range(PLANES):
-        for number in range(8):
-            planes[:, plane] |= ((eights[..., number] >> plane) & 1) << number
-    return planes
+    words = torch.zeros(eights.shape[:2], dtype=torch.int32, device=codes.device)
+    for number in range(8):
+        words |= eights[..., number].to(torch.int32) << (CODE_BITS * number)
+    return words[..., None].view(torch.uint8)[..., :CODE_BITS].reshape(rows, -1)
 
 
 class Codebook:
-    """Turns codes into exponents eight at a time: a byte of a plane becomes eight bytes of one 64-bit word.
-
-    An exponent is a polynomial of its code's three bits over bits (exclusive or of products), so that bytes are looked
-    up once a plane and everything else is arithmetic on whole words.
+    """Turns codes into exponents, four at a time: twelve bits are looked up and give four bytes.
 
     Args:
-        book: uint8 [8], the exponent of each code; that of `ESCAPE` is 0.
+        book: uint8 [8], the exponent of each code; that of `ESCAPE` is not used.
     """
 
     def __init__(self, book: torch.Tensor) -> None:
-        terms = book.to(torch.int64)
-        for bit in (1, 2, 4):
-            without = torch.arange(8, device=book.device) & ~bit
-            has_bit = torch.arange(8, device=book.device) & bit != 0
-            terms = torch.where(has_bit, terms ^ terms[without], terms)
-        self._terms = terms
+        # An escape is looked up as some exponent that no code has, and so it is found again.
+        is_taken = (torch.arange(256, device=book.device)[:, None] == book[:ESCAPE]).any(dim=-1)
+        self._escape = is_taken.to(torch.uint8).argmin().to(torch.uint8)
+        exponents = torch.cat((book[:ESCAPE], self._escape[None]))
+        four = torch.arange(1 << 12, device=book.device)[:, None] >> torch.arange(0, 12, CODE_BITS, device=book.device)
+        self._table = exponents[four & 7].view(torch.int32).view(-1)
 
-    def exponents(self, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Exponents of codes, and which of them are escapes.
+    def exponents(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exponents of packed codes, and which of them are escapes.
 
         Args:
-            planes: uint8 [rows, 3, bytes].
+            packed: uint8 [rows, bytes].
 
         Returns:
-            uint8 and bool, both [rows, 8 * bytes].
+            uint8 and bool, both [rows, 8 / 3 * bytes].
         """
-        spread = _spread(planes.device)
-        rows, _, width = planes.shape
-        low, middle, high = (
-            spread.index_select(0, planes[:, plane].reshape(-1).to(torch.int32)).view(rows, width) for plane in range(3)
-        )
-        words = torch.full_like(low, 0x0101010101010101) * self._terms[0]
-        both = low & middle
-        products = ((1, low), (2, middle), (4, high), (3, both), (5, low & high), (6, middle & high))
-        for term, product in products:
-            words ^= product * self._terms[term]
-        is_escape = both & high
-        words ^= is_escape * self._terms[ESCAPE]
-        return words.view(torch.uint8), is_escape.view(torch.bool)
-
-
-@functools.cache
-def _spread(device: torch.device) -> torch.Tensor:
-    """Of each byte, the word whose byte i is its bit i."""
-    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    return bits.to(torch.uint8).view(torch.int64).reshape(-1).to(device)
+        rows = packed.shape[0]
+        low, middle, high = packed.view(rows, -1, CODE_BITS).to(torch.int32).unbind(dim=-1)
+        fours = torch.stack((low | (middle & 15) << 8, middle >> 4 | high << 4), dim=-1)
+        exponents = self._table.index_select(0, fours.view(-1)).view(torch.uint8).view(rows, -1)
+        return exponents, exponents == self._escape
