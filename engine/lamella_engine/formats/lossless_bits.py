@@ -54,12 +54,9 @@ class Codebook:
     """
 
     def __init__(self, book: torch.Tensor) -> None:
-        # An escape is looked up as some exponent that no code has, and so it is found again.
-        is_taken = (torch.arange(256, device=book.device)[:, None] == book[:ESCAPE]).any(dim=-1)
-        self._escape = is_taken.to(torch.uint8).argmin().to(torch.uint8)
-        exponents = torch.cat((book[:ESCAPE], self._escape[None]))
         four = torch.arange(1 << 12, device=book.device)[:, None] >> torch.arange(0, 12, CODE_BITS, device=book.device)
-        self._table = exponents[four & 7].view(torch.int32).view(-1)
+        self._exponents = book[four & ESCAPE].view(torch.int32).view(-1)
+        self._escapes = (four & ESCAPE == ESCAPE).to(torch.uint8).view(torch.int32).view(-1)
 
     def exponents(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Exponents of packed codes, and which of them are escapes.
@@ -71,7 +68,13 @@ class Codebook:
             uint8 and bool, both [rows, 8 / 3 * bytes].
         """
         rows = packed.shape[0]
-        low, middle, high = packed.view(rows, -1, CODE_BITS).to(torch.int32).unbind(dim=-1)
-        fours = torch.stack((low | (middle & 15) << 8, middle >> 4 | high << 4), dim=-1)
-        exponents = self._table.index_select(0, fours.view(-1)).view(torch.uint8).view(rows, -1)
-        return exponents, exponents == self._escape
+        low, middle, high = packed.view(-1, CODE_BITS).unbind(dim=-1)
+        words = torch.empty(low.shape, dtype=torch.int64, device=packed.device).copy_(low)
+        words |= middle.to(torch.int64) << 8
+        words |= high.to(torch.int64) << 16
+        # The lower twelve of 24 bits in the lower half of 64 bits, the upper twelve in the upper half.
+        words |= words << 20
+        words &= 0x0000_0FFF_0000_0FFF
+        fours = words.view(torch.int32)
+        exponents, escapes = (table.index_select(0, fours) for table in (self._exponents, self._escapes))
+        return exponents.view(torch.uint8).view(rows, -1), escapes.view(torch.bool).view(rows, -1)
