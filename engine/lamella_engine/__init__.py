@@ -10,6 +10,7 @@ In the order data flows through them:
   here, and what its sequences keep.
 - `importers`: families that exist as code of their own only, brought onto transformers' classes; `alibi`: linear
   position biases for those that need them.
+- `quant_spec`, `formats`: which weights are stored in fewer bytes, and how.
 - `convert`, `shard`, `shard_writer`, `in_place`, `shard_builder`, `manifest`, `shard_check`, `model_lock`, `originals`,
   `shard_store`: one file per layer, built once, checked whenever it is opened.
 - `model_source`, `kv_shape`, `model_traits`, `inspection`: what a model is, from config and headers alone.

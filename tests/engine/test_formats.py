@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lamella_engine.errors import CheckpointError, OptionError
 from lamella_engine.formats import FORMATS, FULL_DTYPES, Format, find_format, packed_bytes, packing_error
@@ -302,6 +305,21 @@ def test_without_a_kernel_a_product_is_refused_beforehand(format: Format) -> Non
     assert not format.can_matvec(parts, x)
     with pytest.raises(ValueError, match="expand"):
         format.matvec(parts, x, torch.empty(1, 16, dtype=torch.bfloat16))
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(300)
+@every_format
+def test_a_real_layer_has_the_error_and_size_that_are_written_down(format: Format, smollm2_store: Path) -> None:
+    (file,) = smollm2_store.rglob("layer-00010.safetensors")
+    tensors = load_file(file)
+
+    found = [packing_error(format, tensors[name].bfloat16()) for name in tensors if name.endswith("proj.weight")]
+
+    whole = functools.reduce(lambda first, second: first.plus(second), found)
+    assert len(found) == 7
+    assert whole.relative <= 1.06 * LARGEST_ERROR[format.name]
+    assert whole.packed_bytes <= {"lossless": 0.72, "int8": 0.509}.get(format.name, 0.259) * whole.full_bytes
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
