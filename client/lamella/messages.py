@@ -23,7 +23,9 @@ SCHEMA_VERSION = 1
 MAX_PROMPT_CHARS = 4_000_000
 MAX_TOKENS_LIMIT = 1_000_000
 
-_MODEL_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{7,64})?\Z", re.ASCII)
+_MODEL_NAME = re.compile(
+    r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{7,64})?(~[a-z0-9][a-z0-9-]*)?\Z", re.ASCII
+)
 
 
 class Wire(BaseModel):

@@ -7,14 +7,16 @@ and what streams is converted into one buffer that all layers share.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from lamella_engine.errors import CheckpointError
+from lamella_engine.formats import Format, find_format
 from lamella_engine.shard import TENSOR_ALIGNMENT, TensorSpec
 from lamella_engine.weight_stream import BoundSlot
 
@@ -45,6 +47,35 @@ class _Place:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as it lies in a buffer: `plain`, or if it is packed the `parts` that `format` expands."""
+
+    shape: tuple[int, ...]
+    plain: torch.Tensor
+    format: Format | None = None
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, data: torch.Tensor, spec: TensorSpec) -> _Stored:
+        """The tensor that `spec` describes inside `data` (uint8, one shard's bytes)."""
+        if spec.packed is None:
+            return cls(spec.shape, tensor_view(data, spec))
+        parts = {part.name: tensor_view(data, part) for part in spec.packed.parts}
+        return cls(spec.shape, data, find_format(spec.packed.format), parts)
+
+    def empty(self, dtype: torch.dtype) -> torch.Tensor:
+        """Room for it, expanded."""
+        return torch.empty(self.shape, dtype=dtype, device=self.plain.device)
+
+    def expand_into(self, target: torch.Tensor) -> None:
+        """Write it to `target`, in the type and on the device of that."""
+        if self.format is None:
+            target.copy_(self.plain)
+        else:
+            self.format.decode({suffix: part.to(target.device) for suffix, part in self.parts.items()}, target)
+
+
 class LayerBinding:
     """The places of one shard's tensors in one module; `bind` may be called with any buffer that holds the shard.
 
@@ -57,8 +88,10 @@ class LayerBinding:
         self._places = [_place(module, spec) for spec in tensors]
         self._converted = converted_layout(tensors, [place.dtype for place in self._places])
         self.converted_bytes = max((spec.offset + spec.nbytes for spec in self._converted), default=0)
-        self.needs_conversion = any(_torch_dtype(place.spec) != place.dtype for place in self._places)
-        self._views: dict[tuple[str, int], list[torch.Tensor]] = {}
+        self.needs_conversion = any(
+            place.spec.packed is not None or _torch_dtype(place.spec) != place.dtype for place in self._places
+        )
+        self._views: dict[tuple[str, int], list[_Stored]] = {}
         self._expanded: list[torch.Tensor] | None = None
 
     def use_buffer(self, buffer: torch.Tensor) -> None:
@@ -70,16 +103,24 @@ class LayerBinding:
         views = self._views.get(slot.key)
         if views is None:
             specs = self._converted if slot.is_converted else [place.spec for place in self._places]
-            views = self._views[slot.key] = [tensor_view(slot.tensor, spec) for spec in specs]
+            views = self._views[slot.key] = [_Stored.of(slot.tensor, spec) for spec in specs]
         if self.needs_conversion and not slot.is_converted:
-            views = self._expand(views)
-        for place, view in zip(self._places, views, strict=True):
-            place.tensors[place.leaf] = view
+            tensors = self._expand(views)
+        else:
+            tensors = [view.plain for view in views]
+        for place, tensor in zip(self._places, tensors, strict=True):
+            place.tensors[place.leaf] = tensor
+
+    def prepare(self, device: torch.device) -> None:
+        """Have at hand what expanding packed tensors on `device` needs, before anything of it is recorded."""
+        for place in self._places:
+            if place.spec.packed is not None:
+                find_format(place.spec.packed.format).prepare(device, place.dtype)
 
     def convert(self, stored: torch.Tensor, target: torch.Tensor) -> None:
         """Write the tensors in `stored` (uint8, one shard's bytes) to `target` (uint8) in the compute dtype."""
         for place, spec in zip(self._places, self._converted, strict=True):
-            tensor_view(target, spec).copy_(tensor_view(stored, place.spec).to(place.dtype))
+            _Stored.of(stored, place.spec).expand_into(tensor_view(target, spec))
 
     def unbind(self) -> None:
         """Leave only meta tensors in the module, and forget all buffers."""
@@ -88,12 +129,13 @@ class LayerBinding:
         for place in self._places:
             place.tensors[place.leaf] = torch.empty(place.spec.shape, dtype=place.dtype, device="meta")
 
-    def _expand(self, views: list[torch.Tensor]) -> list[torch.Tensor]:
-        if self._expanded is None:
-            return [view.to(place.dtype) for place, view in zip(self._places, views, strict=True)]
-        for view, expanded in zip(views, self._expanded, strict=True):
-            expanded.copy_(view)
-        return self._expanded
+    def _expand(self, views: list[_Stored]) -> list[torch.Tensor]:
+        into = self._expanded
+        if into is None:
+            into = [view.empty(place.dtype) for place, view in zip(self._places, views, strict=True)]
+        for view, expanded in zip(views, into, strict=True):
+            view.expand_into(expanded)
+        return into
 
 
 def converted_layout(tensors: tuple[TensorSpec, ...], dtypes: list[torch.dtype]) -> list[TensorSpec]:
@@ -101,7 +143,7 @@ def converted_layout(tensors: tuple[TensorSpec, ...], dtypes: list[torch.dtype])
     layout: list[TensorSpec] = []
     offset = 0
     for spec, dtype in zip(tensors, dtypes, strict=True):
-        nbytes = spec.nbytes // _torch_dtype(spec).itemsize * dtype.itemsize
+        nbytes = math.prod(spec.shape) * dtype.itemsize
         layout.append(TensorSpec(spec.name, str(dtype).removeprefix("torch."), spec.shape, offset, nbytes))
         offset += -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
     return layout

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,8 @@ from lamella_engine.manifest import ORIGINAL, Manifest
 from lamella_engine.model_traits import Experts, Rotary
 from lamella_engine.names import check_model_name
 from lamella_engine.options import DTYPES
-from lamella_engine.shard_store import ShardStore, default_store_root
+from lamella_engine.shard_store import PLAIN, ShardStore, default_store_root
+from lamella_engine.stored_form import StoredForm
 
 EXIT_FAILED = 1
 EXIT_WRONG_CALL = 2
@@ -61,6 +62,11 @@ DeleteOption = Annotated[
         help="Then check every shard and delete the weights they were built from; never if that would lose anything.",
     ),
 ]
+QuantOption = Annotated[
+    str | None,
+    typer.Option("--quant", help="Pack weights: nf4, fp4, int8, lossless, or such as int8,layers.0-3=bf16."),
+]
+QuantDeviceOption = Annotated[str, typer.Option("--quant-device", help="What packs: cpu, cuda:N or auto.")]
 InPlaceOption = Annotated[
     bool,
     typer.Option(
@@ -125,22 +131,29 @@ def pull(
     store: StoreOption = None,
     dtype: DtypeOption = None,
     in_place: InPlaceOption = False,
+    quant: QuantOption = None,
+    quant_device: QuantDeviceOption = "auto",
     delete_original: DeleteOption = False,
 ) -> None:
-    """Fetch a model from the hub and build its shards; does nothing if the store has it."""
-    _check_in_place(in_place, delete_original)
-    _build(name, None, store, dtype, in_place=in_place)
+    """Fetch a model from the hub and build its shards; does nothing if the store has it.
+
+    With --quant a packed form beside it, from the store if the model is there.
+    """
+    _check_options(in_place=in_place, delete_original=delete_original, quant=quant)
+    _build(name, None, store, BuildOptions(dtype, StoredForm(in_place, quant, quant_device)))
     if delete_original:
         _delete_original(name, None, store)
 
 
 @app.command("import")
-def import_model(
+def import_model(  # noqa: PLR0913  a command has as many arguments as options
     name: Annotated[str, typer.Argument(help="The name that the model gets in the store.")],
     path: Annotated[Path, typer.Argument(help="A checkpoint directory or a .gguf file.")],
     store: StoreOption = None,
     dtype: DtypeOption = None,
     in_place: InPlaceOption = False,
+    quant: QuantOption = None,
+    quant_device: QuantDeviceOption = "auto",
     delete_original: DeleteOption = False,
     allow_pickle: Annotated[
         bool,
@@ -155,40 +168,53 @@ def import_model(
             "--delete-original cannot go with --allow-pickle: pickles are not opened again to see whether the shards "
             "hold all that is in them. Look at the model, then delete them by hand."
         )
-    if allow_pickle and in_place:
-        raise typer.BadParameter("--in-place cannot go with --allow-pickle: a pickle's tensors do not lie in its file")
-    _check_in_place(in_place, delete_original)
-    _build(name, path.expanduser(), store, dtype, allow_pickle=allow_pickle, in_place=in_place)
+    if allow_pickle and (in_place or quant):
+        raise typer.BadParameter(
+            "--allow-pickle goes with neither --in-place nor --quant: import the pickles first, then `pull` the model "
+            "with --quant"
+        )
+    _check_options(in_place=in_place, delete_original=delete_original, quant=quant)
+    options = BuildOptions(dtype, StoredForm(in_place, quant, quant_device), allow_pickle)
+    _build(name, path.expanduser(), store, options)
     if delete_original:
         _delete_original(name, path.expanduser(), store)
 
 
-def _check_in_place(in_place: bool, delete_original: bool) -> None:
+def _check_options(*, in_place: bool, delete_original: bool, quant: str | None) -> None:
     if in_place and delete_original:
         raise typer.BadParameter("--delete-original cannot go with --in-place, which reads from the original's files")
+    if in_place and quant:
+        raise typer.BadParameter("--in-place cannot go with --quant: packed weights are files of their own")
+    if quant and delete_original:
+        raise typer.BadParameter(
+            "--delete-original cannot go with --quant: packed weights do not hold all that the original does"
+        )
 
 
-def _build(
-    name: str,
-    source: Path | None,
-    root: Path | None,
-    dtype: str | None,
-    *,
-    allow_pickle: bool = False,
-    in_place: bool = False,
-) -> None:
-    with plain_errors():
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a model is to be stored."""
+
+    dtype: str | None = None
+    form: StoredForm = PLAIN
+    allow_pickle: bool = False
+
+
+def _build(name: str, source: Path | None, root: Path | None, options: BuildOptions) -> None:
+    with plain_errors(), wrong_calls():
         store = _store(root)
-        is_there = store.has(check_model_name(name))
+        before = {manifest.name for manifest in store.list()}
+        check_model_name(name)
         with ConsoleProgress() as progress:
-            if allow_pickle and source is not None:
-                sharded = store.import_pickled(name, source, dtype=dtype, progress=progress)
+            if options.allow_pickle and source is not None:
+                sharded = store.import_pickled(name, source, dtype=options.dtype, progress=progress)
             else:
                 sharded = store.ensure(
-                    _by_name(name, source), source=source, dtype=dtype, in_place=in_place, progress=progress
-                )
+                    _by_name(name, source), source=source, dtype=options.dtype, form=options.form, progress=progress,
+                )  # fmt: skip
+    name, is_there = sharded.name, sharded.name in before
     what = f"{len(sharded.layers)} layers, {sharded.dtype}, {byte_size(sharded.size_bytes)}"
-    if in_place:
+    if options.form.in_place:
         num_placed = sum(shard.path.name.startswith(ORIGINAL) for shard in sharded.layers)
         what += f", {num_placed} of the layers read from the original's files"
     typer.echo(f"{name} is in the store already: {what}" if is_there else f"{name} is ready: {what}")

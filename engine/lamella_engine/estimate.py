@@ -10,7 +10,7 @@ launch overhead and the waits of a real machine are not in it: it is the limit t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamella_engine.expert_share import is_sparse, visited_share
 from lamella_engine.placement import Bandwidths, LayerPlacement, ModelSizes, Plan, Tier
@@ -71,6 +71,11 @@ def free_tokens(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths) -> int:
     return int(bandwidths.flops * max(lanes.disk, lanes.bus, lanes.memory) / (2 * sizes.active_parameters))
 
 
+def root_expansion(sizes: ModelSizes) -> float:
+    """Bytes in the compute dtype per stored byte outside the layers."""
+    return sizes.expansion if sizes.root_expansion is None else sizes.root_expansion
+
+
 def computed_bytes(sizes: ModelSizes, nbytes: int, *, is_streamed: bool) -> int:
     """Memory traffic of computing with `nbytes` bytes of weights where they lie.
 
@@ -125,11 +130,13 @@ def _lanes(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, tokens: int) -
     on_disk = max(0, on_disk - from_ram - from_vram * on_disk // max(1, on_disk + in_ram))
     home = Tier.RAM if plan.vram is None else Tier.VRAM
     read = sum(
-        computed_bytes(sizes, place.nbytes, is_streamed=place.tier is not home) - _unvisited(sizes, place, tokens)
+        computed_bytes(sizes, place.nbytes, is_streamed=plan.keeps_packed or place.tier is not home)
+        - _unvisited(sizes, place, tokens)
         for place in plan.layers
     )
-    read += computed_bytes(sizes, plan.head.nbytes, is_streamed=plan.head.num_blocks > 0)
-    read += math.ceil(sizes.other * sizes.expansion)
+    root = replace(sizes, expansion=root_expansion(sizes))
+    read += computed_bytes(root, plan.head.nbytes, is_streamed=plan.head.num_blocks > 0)
+    read += math.ceil(sizes.other * root.expansion)
     return LaneSeconds(
         disk=on_disk / bandwidths.disk,
         bus=0.0 if plan.vram is None else moved / bandwidths.h2d,

@@ -34,19 +34,19 @@ class Loader:
         self.tier = tier
         self._style = style
 
-    def to_device(self, key: int, piece: Piece, binding: LayerBinding, target: torch.Tensor) -> BoundSlot:
-        """The piece in device memory for good, in the compute dtype of `binding`.
+    def to_device(self, key: int, piece: Piece, binding: LayerBinding | None, target: torch.Tensor) -> BoundSlot:
+        """The piece in device memory for good, in the compute dtype of `binding`, or as stored without one.
 
         Args:
             key: tells it from other resident pieces that `binding` is given.
             piece: what is read.
-            binding: its places in the model.
+            binding: its places in the model; None leaves what is packed packed.
             target: where it is kept, uint8 [`resident_bytes`].
 
         Raises:
             ShardError: it cannot be read.
         """
-        if binding.needs_conversion:
+        if binding is not None and binding.needs_conversion:
             with HostMemory(piece.nbytes) as stored:
                 read_piece(piece, stored.view, self._style)
                 binding.convert(stored.tensor, target)

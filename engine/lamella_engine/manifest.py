@@ -52,6 +52,7 @@ class Manifest:
         built_at: Unix seconds.
         originals: files of the source that layers are read from in place, under the names that the build gives them.
         is_in_place: layers were to be read in place where they can be.
+        quant: which tensors are packed and how, as `quant_spec` writes it; empty if none is.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Manifest:
     built_at: float
     originals: tuple[ShardRecord, ...] = ()
     is_in_place: bool = False
+    quant: str = ""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -146,7 +148,7 @@ def damaged(path: Path, reason: str, name: str) -> ShardError:
 
 
 def _checked(parsed: dict[str, object]) -> Manifest:
-    parsed = {"originals": [], "is_in_place": False, **parsed}  # older manifests have none
+    parsed = {"originals": [], "is_in_place": False, "quant": "", **parsed}  # older manifests have none
     values = {field.name: parsed[field.name] for field in dataclasses.fields(Manifest)}
     for field in ("name", "family", "source_kind", "source", "fingerprint", "dtype", "build"):
         _text(values[field], field)
@@ -160,6 +162,8 @@ def _checked(parsed: dict[str, object]) -> Manifest:
         values[field] = tuple(_record(item) for item in _list(values[field], field))
     if not isinstance(values["originals"], list) or not isinstance(values["is_in_place"], bool):
         raise ValueError("what is read in place is not a list")
+    if not isinstance(values["quant"], str):
+        raise ValueError("quant is not text")
     values["originals"] = tuple(map(_record, values["originals"]))
     if not isinstance(values["built_at"], int | float):
         raise ValueError("built_at is not a time")

@@ -69,7 +69,7 @@ def _sizes(
         is_tied=is_tied,
         other=contents.root.nbytes - table_bytes - head_bytes,
         kv_bytes_per_token=_kept_bytes(tree, dtype),
-        expansion=1.0 if dtype == stored else _expansion(contents.layers, tree),
+        expansion=1.0 if dtype == stored and not contents.is_packed else _expansion(contents.layers, tree),
         active_parameters=_active_parameters(contents.layers, text) + _numbers(multiplied),
         hidden_size=int(text.hidden_size),
         intermediate_size=_intermediate_size(text),
@@ -82,6 +82,8 @@ def _sizes(
         bias_heads=len(slopes_of(text) or ()),
         reads_whole=not tree.reads_in_parts,
         experts=_experts(contents.layers, tree),
+        root_expansion=dtype.itemsize / stored.itemsize if contents.is_packed else None,
+        is_packed=contents.is_packed,
     )
 
 
@@ -116,7 +118,7 @@ def _expansion(layers: tuple[ShardContents, ...], tree: Architecture) -> float:
         sum(
             _computed_bytes(tensor, native.get(f"{tree.layers_path}.{index}.{tensor.name}")) for tensor in layer.tensors
         )
-        / max(1, layer.tensor_bytes)
+        / max(1, layer.stored_bytes)
         for index, layer in enumerate(layers)
     )
 

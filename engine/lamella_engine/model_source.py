@@ -17,29 +17,40 @@ from lamella_engine import architecture, convert, dequantise, hub
 from lamella_engine.architecture import Architecture
 from lamella_engine.errors import ModelNotFound, UnsupportedModel
 from lamella_engine.names import check_model_name, is_model_name
+from lamella_engine.open_source import open_source
 from lamella_engine.shard import Shard
 from lamella_engine.shard_check import read_shards
-from lamella_engine.shard_store import ShardStore, open_source
+from lamella_engine.shard_store import ShardStore
 from lamella_engine.shard_writer import lay_out, size_of
 from lamella_engine.weight_source import TensorShape, WeightSource
 
 
 @dataclass(frozen=True)
 class ShardContents:
-    """One shard, built or to be built: bytes of its data, padding included, and its tensors."""
+    """One shard, built or to be built: bytes of its data, padding included, and its tensors as they expand to.
+
+    `packed_bytes` is what packing them saved.
+    """
 
     nbytes: int
     tensors: tuple[TensorShape, ...]
+    packed_bytes: int = 0
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of the tensors alone."""
+        """Bytes of the tensors alone, expanded."""
         return sum(map(size_of, self.tensors))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors alone, as they are stored."""
+        return self.tensor_bytes - self.packed_bytes
 
     @classmethod
     def of_shard(cls, shard: Shard) -> ShardContents:
         """What a built shard holds."""
-        return cls(shard.nbytes, tuple(TensorShape(spec.name, spec.dtype, spec.shape) for spec in shard.tensors))
+        tensors = tuple(TensorShape(spec.name, spec.dtype, spec.shape) for spec in shard.tensors)
+        return cls(shard.nbytes, tensors, sum(map(size_of, tensors)) - sum(spec.nbytes for spec in shard.tensors))
 
     @classmethod
     def planned(cls, tensors: Iterable[TensorShape]) -> ShardContents:
@@ -54,6 +65,11 @@ class ModelContents:
 
     root: ShardContents
     layers: tuple[ShardContents, ...]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether tensors of layers have to be expanded."""
+        return any(layer.packed_bytes for layer in self.layers)
 
 
 @dataclass(frozen=True)

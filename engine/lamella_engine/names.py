@@ -13,7 +13,8 @@ from pathlib import Path
 from lamella_engine.errors import ModelNameError
 
 MAX_NAME_CHARS = 200
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{7,64})?", re.ASCII)
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{7,64})?(~[a-z0-9][a-z0-9-]*)?", re.ASCII)
+_VARIANT = "~"
 _SEPARATOR = "+"  # not allowed in names, so that `a/b` and `a+b` cannot meet in one directory
 _NOT_ALLOWED = re.compile(r"[^\w.-]+", re.ASCII)
 
@@ -21,13 +22,15 @@ _NOT_ALLOWED = re.compile(r"[^\w.-]+", re.ASCII)
 def check_model_name(name: str) -> str:
     """Return `name` if it is ``name``, ``owner/name`` or either with ``@revision`` (hex, 7-64 digits).
 
+    ``~variant`` behind it names a packed form of the model, such as ``~nf4``.
+
     Raises:
         ModelNameError: the name could mean a path outside the store, or is not of that form.
     """
     if not is_model_name(name):
         raise ModelNameError(
             f"{name[:MAX_NAME_CHARS]!r} is not a model name; use 'name', 'owner/name' or 'owner/name@revision' "
-            "made of letters, digits, '.', '_' and '-'"
+            "made of letters, digits, '.', '_' and '-', and '~nf4' or the like behind it for a packed form"
         )
     return name
 
@@ -57,5 +60,19 @@ def name_from_path(path: Path) -> str:
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """The repository on the hub that `name` means, and the commit it is pinned to, if any."""
-    repository, _, revision = check_model_name(name).partition("@")
+    base, _ = split_variant(name)
+    repository, _, revision = base.partition("@")
     return repository, revision or None
+
+
+def split_variant(name: str) -> tuple[str, str | None]:
+    """The model that `name` is a packed form of, and what tells the form; None for the model itself."""
+    base, _, variant = check_model_name(name).partition(_VARIANT)
+    return base, variant or None
+
+
+def variant_name(base: str, spec: str) -> str:
+    """The name of `base` packed as the specification `spec` says: by a word alone, else by it and a digest."""
+    first = spec.partition(",")[0]
+    variant = first if spec == first else f"{first}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
+    return check_model_name(f"{base}{_VARIANT}{variant}")

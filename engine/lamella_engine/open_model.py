@@ -198,6 +198,8 @@ class _Opener:
             LayerBinding(layer, shard.tensors)
             for layer, shard in zip(self._built.layers, self._sharded.layers, strict=True)
         ]
+        for binding in bindings:
+            binding.prepare(self._machine.device)
         experts = self._find_experts(bindings)
         placed = place_pieces(self._sharded, self._plan, tables.head, experts)
         stream = self._open_stream(placed, bindings, loader)
@@ -237,9 +239,14 @@ class _Opener:
             return HostStream(placed, resident, reader, self._open_experts(placed, None), self._timeline)
         transfer = make_transfer([place.piece.name for place in placed])
         staying = by_tier[Tier.VRAM]
-        homes = _split([resident_bytes(placed[number].piece, bindings[number]) for number in staying], self._empty)
+        keeps_packed = self._plan.keeps_packed
+        sizes = [
+            placed[number].piece.nbytes if keeps_packed else resident_bytes(placed[number].piece, bindings[number])
+            for number in staying
+        ]
+        homes = _split(sizes, self._empty)
         on_device: dict[int, BoundSlot] = {
-            number: loader.to_device(number, placed[number].piece, bindings[number], home)
+            number: loader.to_device(number, placed[number].piece, None if keeps_packed else bindings[number], home)
             for number, home in zip(staying, homes, strict=True)
         }
         in_ram = {number: loader.to_ram(placed[number].piece) for number in by_tier[Tier.RAM]}
@@ -292,7 +299,7 @@ class _Opener:
         streamed = [
             binding
             for binding, place in zip(bindings, placed, strict=False)
-            if place.tier is not home and binding.needs_conversion
+            if (place.tier is not home or self._plan.keeps_packed) and binding.needs_conversion
         ]
         dtype = self._built.model.dtype
         sizes = [binding.converted_bytes for binding in streamed]

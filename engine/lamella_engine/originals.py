@@ -46,6 +46,10 @@ def delete(manifest: Manifest, named: Path | None, store_root: Path) -> Deleted:
             f"{manifest.name} reads {len(manifest.originals)} files of its original in place: there is no second "
             "copy to be deleted, so nothing was. For shards of its own, remove it and build it without --in-place."
         )
+    if manifest.quant:
+        raise ModelError(
+            f"{manifest.name} is packed ({manifest.quant}) and does not hold all that its original does, so that stays"
+        )
     original = _original(manifest, named)
     if original is None:
         return Deleted((), 0, ())

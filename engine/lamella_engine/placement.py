@@ -51,6 +51,8 @@ class ModelSizes:
         itemsize: bytes of a number in the compute dtype.
         context_length: tokens a sequence may have.
         experts: None for a dense model.
+        root_expansion: as `expansion`, for what lies outside the layers; None means the same.
+        is_packed: weights of layers are stored in fewer bytes than they compute in, and expanded on the device.
     """
 
     name: str
@@ -73,6 +75,8 @@ class ModelSizes:
     bias_heads: int = 0
     reads_whole: bool = False
     experts: ExpertSizes | None = None
+    root_expansion: float | None = None
+    is_packed: bool = False
 
     @property
     def head_bytes(self) -> int:
@@ -152,6 +156,7 @@ class Plan:
         vram: the device budget and its uses; None on a CPU.
         ram: the host budget and its uses.
         experts: what is for experts of layers that stream.
+        keeps_packed: layers on the device stay packed, and are expanded when they are computed.
     """
 
     device: str
@@ -168,6 +173,7 @@ class Plan:
     vram: Spending | None
     ram: Spending
     experts: ExpertRoom = ExpertRoom()
+    keeps_packed: bool = False
 
     def layer_bytes(self, tier: Tier) -> int:
         """Bytes of the layers, and of a streamed head, that wait in `tier`."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from lamella_engine.byte_size import byte_size
 from lamella_engine.errors import OptionError, PlanError
-from lamella_engine.estimate import free_tokens, predict
+from lamella_engine.estimate import free_tokens, predict, root_expansion
 from lamella_engine.expert_room import kept_back, with_expert_room
 from lamella_engine.placement import (
     Bandwidths,
@@ -85,6 +85,7 @@ class _Layout:
     slots: int
     fixed: int  # bytes of norms, head, slots and the buffer for expanded pieces
     layer_limit: int | None  # layers get less than the head or the slot that this layout goes without
+    keeps_packed: bool = False  # layers that stay do so packed
 
 
 def make_plan(sizes: ModelSizes, request: PlanRequest) -> Plan:
@@ -116,23 +117,33 @@ def make_plan(sizes: ModelSizes, request: PlanRequest) -> Plan:
 def _layouts(sizes: ModelSizes, request: PlanRequest) -> Iterator[_Layout]:
     """From the one that is best where it fits; the order decides between equals."""
     is_card = request.vram is not None
-    other, head = _resident(sizes, request, sizes.other), _resident(sizes, request, sizes.head_bytes)
+    other, head = (_root_resident(sizes, request, nbytes) for nbytes in (sizes.other, sizes.head_bytes))
     slot = _slot_bytes(sizes, request, sizes.layers)
     expanded = 0 if sizes.expansion == 1 else _resident(sizes, request, slot)
     slot_cost = device_bytes(slot) if is_card else slot
+    keeps_packed = is_card and sizes.is_packed
     yield _Layout(True, 0, other + head, None)
+    if keeps_packed:
+        yield _Layout(True, 0, other + head + expanded, None, keeps_packed)
     counts = _DEVICE_SLOTS if is_card else _HOST_SLOTS
     for is_head_resident in (True, False) if is_card else (True,):
         for count in counts:
             fixed = other + (head if is_head_resident else 0) + count * slot_cost + expanded
             limits = [] if is_head_resident else [head - 1]
             limits += [] if count == counts[0] else [slot_cost - 1]
-            yield _Layout(is_head_resident, count, fixed, min(limits, default=None))
+            yield _Layout(is_head_resident, count, fixed, min(limits, default=None), keeps_packed)
 
 
 def _least_layers(sizes: ModelSizes, request: PlanRequest, layout: _Layout) -> int:
     """Bytes of layers that `layout` cannot do without."""
-    return 0 if layout.slots else sum(_resident(sizes, request, nbytes) for nbytes in sizes.layers)
+    return 0 if layout.slots else sum(_layer_costs(sizes, request, layout))
+
+
+def _layer_costs(sizes: ModelSizes, request: PlanRequest, layout: _Layout) -> tuple[int, ...]:
+    """What each layer takes of the compute device where it stays."""
+    if layout.keeps_packed:
+        return tuple(map(device_bytes, sizes.layers))
+    return tuple(_resident(sizes, request, nbytes) for nbytes in sizes.layers)
 
 
 def _slot_bytes(sizes: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
@@ -156,8 +167,18 @@ def _resident(sizes: ModelSizes, request: PlanRequest, nbytes: int) -> int:
     return expanded if request.vram is None else device_bytes(expanded)
 
 
+def _root_resident(sizes: ModelSizes, request: PlanRequest, nbytes: int) -> int:
+    """As `_resident`, of what lies outside the layers."""
+    expanded = _root_expanded(sizes, nbytes)
+    return expanded if request.vram is None else device_bytes(expanded)
+
+
 def _expanded(sizes: ModelSizes, nbytes: int) -> int:
     return math.ceil(nbytes * sizes.expansion)
+
+
+def _root_expanded(sizes: ModelSizes, nbytes: int) -> int:
+    return math.ceil(nbytes * root_expansion(sizes))
 
 
 def _fastest(sizes: ModelSizes, request: PlanRequest, layouts: tuple[_Layout, ...], settled: Reserve) -> Plan:
@@ -179,7 +200,7 @@ def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: 
     assert request.vram is not None
     room = request.vram - settled.nbytes - layout.fixed
     room = room if layout.layer_limit is None else min(room, layout.layer_limit)
-    costs = tuple(_resident(sizes, request, nbytes) for nbytes in sizes.layers)
+    costs = _layer_costs(sizes, request, layout)
     if room < (0 if layout.slots else sum(costs)):
         return None
     card = Room(Tier.VRAM, room - (kept_back(sizes, room, request.expert_share) if layout.slots else 0), costs)
@@ -201,7 +222,7 @@ def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: 
     head = _streamed_head(sizes, head_tier, slot) if streamed_head else _resident_head(sizes, Tier.VRAM)
     plan = Plan(
         device=request.device,
-        layers=_placements(sizes, request.device, tiers, Tier.VRAM),
+        layers=_placements(sizes, request.device, tiers, None if layout.keeps_packed else Tier.VRAM),
         head=head,
         embedding=Tier.DISK,
         device_slots=layout.slots if slot else 0,
@@ -213,6 +234,7 @@ def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: 
         workspace_bytes=settled.workspace_bytes,
         vram=None,
         ram=Spending(0, ()),
+        keeps_packed=layout.keeps_packed,
     )
     plan = replace(plan, embedding=_table_tier(sizes, request, plan))
     plan = replace(plan, vram=_card_spending(sizes, request, plan), ram=_pinned_spending(sizes, request, plan))
@@ -252,7 +274,9 @@ def _on_cpu(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: R
     return plan
 
 
-def _placements(sizes: ModelSizes, device: str, tiers: tuple[Tier, ...], home: Tier) -> tuple[LayerPlacement, ...]:
+def _placements(
+    sizes: ModelSizes, device: str, tiers: tuple[Tier, ...], home: Tier | None
+) -> tuple[LayerPlacement, ...]:
     """Layers at `home` have the size of the compute type, the others the size they are stored in."""
     return tuple(
         LayerPlacement(index, _expanded(sizes, nbytes) if tier is home else nbytes, tier, device)
@@ -261,7 +285,7 @@ def _placements(sizes: ModelSizes, device: str, tiers: tuple[Tier, ...], home: T
 
 
 def _resident_head(sizes: ModelSizes, tier: Tier) -> HeadPlacement:
-    return HeadPlacement(_expanded(sizes, sizes.head_bytes), tier, 0)
+    return HeadPlacement(_root_expanded(sizes, sizes.head_bytes), tier, 0)
 
 
 def _streamed_head(sizes: ModelSizes, tier: Tier, slot_bytes: int) -> HeadPlacement:
@@ -292,10 +316,11 @@ def _card_spending(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Spend
     assert request.vram is not None
     resident = [place.nbytes for place in plan.layers if place.tier is Tier.VRAM]
     slot = device_bytes(plan.slot_bytes)
-    expanded = device_bytes(_expanded(sizes, plan.slot_bytes)) if sizes.expansion != 1 else 0
+    largest = max(plan.slot_bytes, *sizes.layers) if plan.keeps_packed else plan.slot_bytes
+    expanded = device_bytes(_expanded(sizes, largest)) if sizes.expansion != 1 else 0
     head = 0 if plan.head.num_blocks else device_bytes(plan.head.nbytes)
     uses = (
-        Use("norms and positions", device_bytes(_expanded(sizes, sizes.other))),
+        Use("norms and positions", device_bytes(_root_expanded(sizes, sizes.other))),
         Use("head and embedding table" if sizes.is_tied else "head", head),
         Use("keys and values", plan.kv_bytes),
         Use("workspace", plan.workspace_bytes),
@@ -323,7 +348,7 @@ def _host_uses(sizes: ModelSizes, plan: Plan) -> tuple[Use, ...]:
     slots = plan.ring_bytes // plan.slot_bytes if plan.slot_bytes else 0
     return _worth_telling(
         (
-            Use("norms and positions", _expanded(sizes, sizes.other)),
+            Use("norms and positions", _root_expanded(sizes, sizes.other)),
             Use("head and embedding table" if sizes.is_tied else "head", plan.head.nbytes),
             Use("keys and values", plan.kv_bytes),
             Use("workspace", plan.workspace_bytes),

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import TypeGuard
@@ -67,6 +67,7 @@ class SafetensorsHeader:
         data_start: where the data begins, in bytes from the file's start.
         tensors: by name, in the order of their data.
         sha256: of the header, in hex.
+        metadata: texts that the file says of itself.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class SafetensorsHeader:
     data_start: int
     tensors: Mapping[str, TensorEntry]
     sha256: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> SafetensorsHeader:
@@ -91,9 +93,12 @@ def read_header(path: Path) -> SafetensorsHeader:
             raw = file.read(header_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    tensors = _tensors(path, _parse(path, raw, header_bytes), LENGTH_BYTES + header_bytes, file_bytes)
+    parsed = _parse(path, raw, header_bytes)
+    tensors = MappingProxyType(_tensors(path, parsed, LENGTH_BYTES + header_bytes, file_bytes))
+    metadata = parsed.get(METADATA_KEY)
+    texts = {key: text for key, text in metadata.items() if isinstance(text, str)} if isinstance(metadata, dict) else {}
     digest = hashlib.sha256(raw).hexdigest()
-    return SafetensorsHeader(path, file_bytes, LENGTH_BYTES + header_bytes, MappingProxyType(tensors), digest)
+    return SafetensorsHeader(path, file_bytes, LENGTH_BYTES + header_bytes, tensors, digest, MappingProxyType(texts))
 
 
 def header_length(path: PurePath, prefix: bytes) -> int:

@@ -16,13 +16,25 @@ TENSOR_ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a shard: name relative to the layer (or to the model), torch dtype name, place in the data."""
+    """One tensor of a shard: name relative to the layer (or to the model), torch dtype name, place in the data.
+
+    A packed tensor has the type and shape that it expands to, the bytes of all its parts and the place of the first.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the data, a multiple of 64
     nbytes: int
+    packed: PackedParts | None = None
+
+
+@dataclass(frozen=True)
+class PackedParts:
+    """How a tensor is packed: name of the format, and its parts, each under the suffix it has in the format."""
+
+    format: str
+    parts: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True)

@@ -16,39 +16,36 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lamella_engine import architecture, convert, in_place
-from lamella_engine.convert import ModelPlan, ShardPlan
+from lamella_engine import architecture, convert
+from lamella_engine.build_plan import BuildRequest, PlannedShard, check_quant, plan_layers, plan_shard
+from lamella_engine.convert import ModelPlan
 from lamella_engine.errors import CheckpointError, DiskFull, ModelError, ShardError
-from lamella_engine.in_place import PlacedLayer, find_layer, link_original
+from lamella_engine.in_place import link_original
 from lamella_engine.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     ROOT_SHARD,
     Manifest,
-    layer_file,
-    original_file,
     read_manifest,
     write_manifest,
 )
+from lamella_engine.packed_shard import write_packed
 from lamella_engine.progress import BUILD, Progress
 from lamella_engine.shard_check import STAMPS_FILE, hash_file, hash_files, stamp_unless_recent, write_stamps
 from lamella_engine.shard_writer import (
     PART_SUFFIX,
-    ShardLayout,
     ShardRecord,
     as_model_error,
-    lay_out,
     size_of,
     sync_directory,
     write_bytes,
     write_shard,
 )
-from lamella_engine.weight_source import SourceKind, WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -58,52 +55,13 @@ _OWN_FILES = frozenset({BUILT_FILE, STAMPS_FILE})
 
 
 @dataclass(frozen=True)
-class BuildRequest:
-    """What to build: the model's name, its checked source, and the dtype to store in (None: the source's own).
-
-    `in_place` leaves layers where they lie in the source's files, where they lie there as they are needed.
-    """
-
-    name: str
-    source: WeightSource
-    kind: SourceKind
-    location: str
-    revision: str | None
-    dtype: str | None
-    in_place: bool = False
-
-
-@dataclass(frozen=True)
-class _PlannedShard:
-    """One shard to write: its file name, what goes into it and where; or where the layer lies already."""
-
-    file: str
-    plan: ShardPlan
-    layout: ShardLayout
-    placed: PlacedLayer | None = None
-
-    @property
-    def data_bytes(self) -> int:
-        return 0 if self.placed else self.layout.file_bytes - len(self.layout.header)
-
-    @property
-    def file_bytes(self) -> int:
-        return len(self.placed.as_json()) if self.placed else self.layout.file_bytes
-
-    @property
-    def key(self) -> bytes:
-        """Differs for another shard."""
-        return self.placed.as_json() if self.placed else self.layout.header
-
-
-@dataclass(frozen=True)
 class _Build:
     """A planned build in its directory; nothing is written yet."""
 
     request: BuildRequest
     built: architecture.Architecture
     plan: ModelPlan
-    shards: tuple[_PlannedShard, ...]
+    shards: tuple[PlannedShard, ...]
     originals: dict[str, Path]  # files of the source that stay in use, by their name in the build
     fingerprint: str
     directory: Path
@@ -151,27 +109,14 @@ def _plan(request: BuildRequest, model_directory: Path) -> _Build:
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"the config of {source.path} does not make a model: {error}") from error
     plan = convert.plan(built, source.conversions(built), request.dtype)
-    layers, originals = _plan_layers(request, plan)
-    shards = (_PlannedShard(ROOT_SHARD, plan.root, lay_out(plan.root.tensors)), *layers)
-    key = hashlib.sha256(f"{FORMAT_VERSION} {fingerprint} {plan.is_untied}".encode())
+    if request.quant is not None:
+        check_quant(request.quant, plan)
+    layers, originals = plan_layers(request, plan)
+    shards = (plan_shard(ROOT_SHARD, plan.root, request.packing(None)), *layers)
+    key = hashlib.sha256(f"{FORMAT_VERSION} {fingerprint} {plan.is_untied} {request.quant}".encode())
     for shard in shards:
         key.update(shard.key)
     return _Build(request, built, plan, shards, originals, fingerprint, model_directory / key.hexdigest()[:16])
-
-
-def _plan_layers(request: BuildRequest, plan: ModelPlan) -> tuple[list[_PlannedShard], dict[str, Path]]:
-    """The layers' shards, and the files that some of them stay in."""
-    shards: list[_PlannedShard] = []
-    names: dict[Path, str] = {}
-    for index, layer in enumerate(plan.layers):
-        found = find_layer(layer, request.source.find) if request.in_place else None
-        if found is None:
-            shards.append(_PlannedShard(layer_file(index), layer, lay_out(layer.tensors)))
-            continue
-        file, placed = found
-        placed = replace(placed, file=names.setdefault(file, original_file(len(names))))
-        shards.append(_PlannedShard(layer_file(index, in_place.SUFFIX), layer, lay_out(layer.tensors), placed))
-    return shards, {name: file for file, name in names.items()}
 
 
 def _remove_leftovers(model_directory: Path, keep: str) -> None:
@@ -194,11 +139,14 @@ def _remove_leftovers(model_directory: Path, keep: str) -> None:
 
 def _finished_shards(planned: _Build) -> dict[str, ShardRecord]:
     """Shards of an earlier, killed build that are whole: recorded, and their contents hash to what was recorded."""
-    expected = {shard.file: shard.file_bytes for shard in planned.shards}
+    expected = {shard.file: shard for shard in planned.shards}
     finished: dict[str, ShardRecord] = {}
     for record in _recorded(planned.directory / BUILT_FILE):
         path = planned.directory / record.file
-        if record.nbytes != expected.get(record.file) or not path.is_file() or path.stat().st_size != record.nbytes:
+        shard = expected.get(record.file)
+        if shard is None or not path.is_file() or path.stat().st_size != record.nbytes:
+            continue
+        if record.nbytes != shard.file_bytes and shard.packing is None:
             continue
         if hash_file(path) == record.sha256:
             finished[record.file] = record
@@ -320,12 +268,14 @@ def _write_shards(planned: _Build, finished: dict[str, ShardRecord], progress: P
     return tuple(records)
 
 
-def _write_one(directory: Path, shard: _PlannedShard, advance: Callable[[int], None]) -> ShardRecord:
+def _write_one(directory: Path, shard: PlannedShard, advance: Callable[[int], None]) -> ShardRecord:
     def rename(native: str) -> str:
         return native.removeprefix(shard.plan.prefix)
 
     if shard.placed is not None:
         record = write_bytes(directory / shard.file, shard.placed.as_json())
+    elif shard.packing is not None:
+        record = write_packed(directory / shard.file, shard.plan.conversions, shard.packing, rename, advance)
     else:
         record = write_shard(directory / shard.file, shard.layout, shard.plan.conversions, rename, advance)
     with (directory / BUILT_FILE).open("a", encoding="utf-8") as file:
@@ -344,7 +294,7 @@ def _manifest(
     request = planned.request
     bytes_by_dtype: Counter[str] = Counter()
     for shard in planned.shards:
-        for _, tensor in shard.layout.places.values():
+        for tensor in shard.plan.tensors:
             bytes_by_dtype[tensor.dtype] += size_of(tensor)
     return Manifest(
         name=request.name,
@@ -362,6 +312,7 @@ def _manifest(
         built_at=time.time(),
         originals=originals,
         is_in_place=request.in_place,
+        quant="" if request.quant is None else str(request.quant),
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from lamella_engine import in_place
 from lamella_engine.errors import CheckpointError, ShardError
 from lamella_engine.manifest import Manifest, damaged, write_json
+from lamella_engine.packed_shard import tensors_of
 from lamella_engine.progress import CHECK, Progress
 from lamella_engine.safetensors_header import read_header
 from lamella_engine.shard import DATA_ALIGNMENT, TENSOR_ALIGNMENT, Shard, TensorSpec
@@ -94,13 +95,17 @@ def read_shard_layout(path: Path, name: str, digest: str = "") -> Shard:
         header = read_header(path)
     except CheckpointError as error:
         raise damaged(path, str(error), name) from error
-    specs = tuple(
-        TensorSpec(entry.name, entry.dtype, entry.shape, entry.start - header.data_start, entry.nbytes)
+    plain = {
+        entry.name: TensorSpec(entry.name, entry.dtype, entry.shape, entry.start - header.data_start, entry.nbytes)
         for entry in header.tensors.values()
         if not entry.name.startswith(PADDING_PREFIX)
-    )
-    if header.data_start % DATA_ALIGNMENT or any(spec.offset % TENSOR_ALIGNMENT for spec in specs):
+    }
+    if header.data_start % DATA_ALIGNMENT or any(spec.offset % TENSOR_ALIGNMENT for spec in plain.values()):
         raise damaged(path, "its tensors do not lie where they should", name)
+    try:
+        specs = tensors_of(header, plain)
+    except ShardError as error:
+        raise damaged(path, str(error), name) from error
     return Shard(path, header.data_start, header.file_bytes - header.data_start, specs, digest)
 
 

@@ -14,23 +14,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from lamella_engine import architecture, dequantise, hub, names, originals, shard_builder
-from lamella_engine.checkpoint import DirectoryCheckpoint
-from lamella_engine.errors import CheckpointError, ModelError, ModelNotFound, OptionError, ShardError
+from lamella_engine import hub, hub_source, names, originals, shard_builder
+from lamella_engine.build_plan import BuildRequest
+from lamella_engine.device import resolve_device
+from lamella_engine.errors import ModelError, ModelNotFound, OptionError, ShardError
+from lamella_engine.formats import FORMATS
 from lamella_engine.gguf_checkpoint import GgufCheckpoint
 from lamella_engine.in_place import is_own_copy
 from lamella_engine.manifest import MANIFEST_FILE, Manifest, read_manifest
 from lamella_engine.model_lock import ModelLock
+from lamella_engine.open_source import open_source
 from lamella_engine.options import DTYPES
 from lamella_engine.originals import Deleted
 from lamella_engine.pickled_checkpoint import PickledCheckpoint
 from lamella_engine.progress import Progress, silent
+from lamella_engine.quant_spec import QuantSpec, parse_quant
 from lamella_engine.shard import ShardedModel
-from lamella_engine.shard_builder import BuildRequest
 from lamella_engine.shard_check import check_files, read_shards
 from lamella_engine.shard_writer import as_model_error, sync_directory
+from lamella_engine.stored_checkpoint import StoredCheckpoint
+from lamella_engine.stored_form import StoredForm, packed_variant
 from lamella_engine.weight_files import has_weights
 from lamella_engine.weight_source import SourceKind, WeightSource
 
@@ -47,6 +50,7 @@ def default_store_root() -> Path:
     return Path(os.environ.get(STORE_VARIABLE) or "~/.cache/lamella/shards").expanduser()
 
 
+PLAIN = StoredForm()
 _Local = WeightSource | PickledCheckpoint
 
 
@@ -57,7 +61,8 @@ class _Wanted:
     name: str
     origin: Path | None
     dtype: str | None
-    in_place: bool = False
+    form: StoredForm = PLAIN
+    quant: QuantSpec | None = None
 
 
 class ShardStore:
@@ -78,7 +83,7 @@ class ShardStore:
         *,
         source: Path | None = None,
         dtype: str | None = None,
-        in_place: bool = False,
+        form: StoredForm = PLAIN,
         offline: bool = False,
         hub_token: str | None = None,
         progress: Progress | None = None,
@@ -90,7 +95,7 @@ class ShardStore:
                 on the hub.
             source: checkpoint directory or ``.gguf`` file to build from; `model` is then the name it gets.
             dtype: torch dtype name to store the weights in; None keeps the source's (float32 for GGUF).
-            in_place: leave layers in the source's files where they lie there as they are needed, instead of a copy.
+            form: in place or packed; a packed form is built from the model in the store if that is there.
             offline: never ask the hub.
             hub_token: access token for the hub; None means the usual places.
             progress: told about downloads, building and checking.
@@ -101,7 +106,7 @@ class ShardStore:
                 works on it for longer than `build_wait_s`.
         """
         _check_dtype(dtype)
-        wanted = replace(self._wanted(model, source, dtype), in_place=in_place)
+        wanted = self._formed(self._wanted(model, source, dtype), form)
         return self._ensured(wanted, self._local(wanted), offline, hub_token, progress or silent)
 
     def _ensured(
@@ -274,9 +279,29 @@ class ShardStore:
             return _Wanted(names.name_from_path(path), path, dtype)
         return _Wanted(names.check_model_name(model), None, dtype)
 
+    def _formed(self, wanted: _Wanted, form: StoredForm) -> _Wanted:
+        """`wanted` in the form that is asked for, or that its own name says."""
+        base, variant = names.split_variant(wanted.name)
+        if form.quant is not None:
+            name, spec = packed_variant(wanted.name, form.quant)
+            return replace(wanted, name=name, form=form, quant=spec)
+        if variant is None or self._is_published(wanted.name):
+            return replace(wanted, form=form)
+        if variant not in FORMATS:
+            raise ModelNotFound(
+                f"{self._not_found(wanted.name)}. What {variant!r} stands for is not known here; build it with "
+                f"`lamella models pull {base} --quant ...`"
+            )
+        return replace(wanted, form=form, quant=parse_quant(variant))
+
     def _local(self, wanted: _Wanted) -> WeightSource | None:
         """The checkpoint on this host that was named; None if none was, or only the model built from it is left."""
         origin = wanted.origin
+        base, _ = names.split_variant(wanted.name)
+        if wanted.quant is not None and wanted.dtype is None and self._is_published(base):
+            manifest = self._published(base)
+            if origin is None or manifest.source == str(origin.resolve()):
+                return StoredCheckpoint(self._open(manifest, silent), manifest)
         if origin is None or not os.path.exists(origin):
             return None
         is_built = self._is_published(wanted.name) and self._published(wanted.name).source == str(origin.resolve())
@@ -294,7 +319,7 @@ class ShardStore:
                 f"{wanted.name} is in the store as {manifest.dtype}, not as {wanted.dtype}; leave the dtype out, "
                 f"import it under another name, or remove it first: `lamella models remove {wanted.name}`"
             )
-        if wanted.in_place and not manifest.is_in_place:
+        if wanted.form.in_place and not manifest.is_in_place:
             raise ModelError(
                 f"{wanted.name} is in the store already, with shards of its own; to read it in place remove it first: "
                 f"`lamella models remove {wanted.name}`"
@@ -317,9 +342,15 @@ class ShardStore:
         if local is not None:
             kind = SourceKind.GGUF if isinstance(local, GgufCheckpoint) else SourceKind.DIRECTORY
             location = str(local.path.resolve())
-            request = BuildRequest(wanted.name, local, kind, location, None, wanted.dtype, wanted.in_place)
+            revision = None
+            if isinstance(local, StoredCheckpoint):
+                kind, location, revision = local.kind, local.location, local.revision
+            request = BuildRequest(wanted.name, local, kind, location, revision, wanted.dtype, wanted.form.in_place)
         else:
             request = self._fetch(wanted, offline, hub_token, progress)
+        if wanted.quant is not None:
+            device = resolve_device(wanted.form.quant_device)
+            request = replace(request, quant=wanted.quant, quant_device=device)
         return shard_builder.build(request, self._directory(wanted.name), progress)
 
     def _build_pickled(self, wanted: _Wanted, pickled: PickledCheckpoint, progress: Progress) -> Manifest:
@@ -349,16 +380,11 @@ class ShardStore:
             if type(error) not in (ModelError, ModelNotFound):
                 raise
             raise type(error)(f"{self._not_found(name)}, and fetching it failed: {error}") from error
-        config = architecture.load_config(pinned.directory)
-        settings = dequantise.find_settings(config, pinned.directory)
-        if settings is not None:
-            dequantise.check_settings(settings)
-        dequantise.forget_settings(config)
-        architecture.build(config, torch.float32)
-        snapshot = hub.download(f"{repository}@{pinned.revision}", token=hub_token, progress=progress)
-        source = DirectoryCheckpoint.open(snapshot.directory, expand_to=wanted.dtype)
+        source, revision = hub_source.fetch(
+            f"{repository}@{pinned.revision}", pinned, hub_token, wanted.dtype, progress
+        )
         return BuildRequest(
-            name, source, SourceKind.HUB, f"hub:{repository}", snapshot.revision, wanted.dtype, wanted.in_place
+            name, source, SourceKind.HUB, f"hub:{repository}", revision, wanted.dtype, wanted.form.in_place
         )
 
     def _open(self, manifest: Manifest, progress: Progress) -> ShardedModel:
@@ -372,23 +398,3 @@ class ShardStore:
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}, or None for the source's own")
-
-
-def open_source(origin: Path, *, expand_to: str | None = None) -> WeightSource:
-    """Open a checkpoint directory or a ``.gguf`` file and check its headers.
-
-    Args:
-        origin: the directory or file.
-        expand_to: torch dtype name that packed tensors of a directory expand to; None means what its config names.
-
-    Raises:
-        ModelNotFound: nothing is there.
-        CheckpointError: it is corrupt, incomplete or of another kind.
-    """
-    if origin.is_dir():
-        return DirectoryCheckpoint.open(origin, expand_to=expand_to)
-    if origin.suffix.lower() == ".gguf":
-        return GgufCheckpoint.open(origin)
-    if not origin.exists():
-        raise ModelNotFound(f"there is no checkpoint at {origin}")
-    raise CheckpointError(f"{origin} is neither a checkpoint directory nor a .gguf file")

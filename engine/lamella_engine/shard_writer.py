@@ -11,9 +11,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -52,13 +53,13 @@ class ShardRecord:
     sha256: str
 
 
-def lay_out(tensors: Iterable[TensorShape]) -> ShardLayout:
+def lay_out(tensors: Iterable[TensorShape], metadata: Mapping[str, str] = MappingProxyType({})) -> ShardLayout:
     """Place `tensors` one behind the other; the format allows no holes, so padding is made of small tensors.
 
-    Tensors whose size is a multiple of 64 come first and need none.
+    Tensors whose size is a multiple of 64 come first and need none. `metadata` is what the file says of itself.
     """
     ordered = sorted(tensors, key=lambda tensor: size_of(tensor) % TENSOR_ALIGNMENT != 0)
-    entries: dict[str, object] = {METADATA_KEY: {"format": "pt"}}
+    entries: dict[str, object] = {METADATA_KEY: {"format": "pt", **metadata}}
     places: dict[str, tuple[int, TensorShape]] = {}
     offset = 0
     for tensor in ordered:

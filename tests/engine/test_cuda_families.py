@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from lamella_engine import Engine, EngineOptions, Sampling, ShardStore
 from lamella_engine.placement import Tier
 from lamella_engine.shard import ShardedModel
+from lamella_engine.stored_form import StoredForm
 from tests import tiny_models
 from tests.engine.engine_driver import full_load_tokens, gather, generate, open_smallest, submit_ids
 from tests.engine.test_experts import FAMILIES as WITH_EXPERTS
@@ -152,7 +153,7 @@ def test_layers_in_the_originals_files_equal_a_full_load(
     place: str, tokens: Callable[[str], list[list[int]]], tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny_checkpoint("llama")
-    model = ShardStore(tmp_path).ensure("tiny", source=source, in_place=True)
+    model = ShardStore(tmp_path).ensure("tiny", source=source, form=StoredForm(in_place=True))
     assert all(shard.path.name.startswith("original-") for shard in model.layers)
 
     with open_at(place, source, tmp_path) as engine:

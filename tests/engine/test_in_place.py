@@ -18,11 +18,13 @@ from lamella_engine import Engine, EngineOptions, Sampling, ShardStore
 from lamella_engine.cli import app
 from lamella_engine.errors import ModelError, ShardError
 from lamella_engine.shard import ShardedModel
+from lamella_engine.stored_form import StoredForm
 from tests.engine.engine_driver import full_load_tokens, gather, submit_ids
 from tests.engine.fake_hub import serve_hub
 from tests.engine.shards import stored_weights
 
 PROMPTS = [[5, 9, 13], list(range(40, 70)), [7]]
+IN_PLACE = StoredForm(in_place=True)
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
 
 
@@ -61,7 +63,7 @@ def test_the_model_is_the_same_and_takes_the_room_of_its_root_alone(
 ) -> None:
     whole = ShardStore(tmp_path / "other").ensure("tiny", source=source)
 
-    model = store.ensure("tiny", source=source, in_place=True)
+    model = store.ensure("tiny", source=source, form=IN_PLACE)
 
     assert all(placed(model))
     own, usual = stored_weights(model), stored_weights(whole)
@@ -75,7 +77,7 @@ def test_the_model_is_the_same_and_takes_the_room_of_its_root_alone(
 
 def test_deleting_the_original_loses_nothing(source: Path, store: ShardStore) -> None:
     before = expected(source)
-    store.ensure("tiny", source=source, in_place=True)
+    store.ensure("tiny", source=source, form=IN_PLACE)
 
     shutil.rmtree(source)
 
@@ -89,7 +91,7 @@ def test_without_hard_links_the_original_has_to_stay_and_its_loss_is_told(
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(os, "link", refuse)
-    model = store.ensure("tiny", source=source, in_place=True)
+    model = store.ensure("tiny", source=source, form=IN_PLACE)
     assert all(placed(model))
     assert tokens(model, 0) == expected(source)
 
@@ -100,7 +102,7 @@ def test_without_hard_links_the_original_has_to_stay_and_its_loss_is_told(
 
 
 def test_an_original_that_was_changed_is_refused(source: Path, store: ShardStore) -> None:
-    store.ensure("tiny", source=source, in_place=True)
+    store.ensure("tiny", source=source, form=IN_PLACE)
 
     with (source / "model.safetensors").open("r+b") as file:
         file.seek(-8, os.SEEK_END)
@@ -118,7 +120,7 @@ def test_only_layers_that_lie_together_in_one_file_are_left_there(
     model.save_pretrained(tmp_path / "parts", max_shard_size=int(1.4 * layer))
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
 
-    sharded = store.ensure("tiny", source=tmp_path / "parts", in_place=True)
+    sharded = store.ensure("tiny", source=tmp_path / "parts", form=IN_PLACE)
 
     assert set(placed(sharded)) == {True, False}
     assert tokens(sharded, 0) == expected(source)
@@ -130,34 +132,34 @@ def test_what_has_to_be_converted_is_written(
 ) -> None:
     checkpoint = tiny_checkpoint(family)
 
-    model = store.ensure("tiny", source=checkpoint, in_place=True)
+    model = store.ensure("tiny", source=checkpoint, form=IN_PLACE)
 
     assert any(placed(model)) == (family == "gpt2")
     assert tokens(model, 0) == expected(checkpoint)
 
 
 def test_another_dtype_is_written(source: Path, store: ShardStore) -> None:
-    assert not any(placed(store.ensure("tiny", source=source, dtype="bfloat16", in_place=True)))
+    assert not any(placed(store.ensure("tiny", source=source, dtype="bfloat16", form=IN_PLACE)))
 
 
 def test_a_model_with_shards_of_its_own_is_not_taken_for_one_in_place(source: Path, store: ShardStore) -> None:
     store.ensure("tiny", source=source)
 
     with pytest.raises(ModelError, match=r"shards of its own.*lamella models remove tiny"):
-        store.ensure("tiny", source=source, in_place=True)
+        store.ensure("tiny", source=source, form=IN_PLACE)
 
 
 def test_asking_again_builds_nothing_and_either_way_opens_it(source: Path, store: ShardStore) -> None:
-    first = store.ensure("tiny", source=source, in_place=True)
+    first = store.ensure("tiny", source=source, form=IN_PLACE)
 
-    assert store.ensure("tiny", source=source, in_place=True) == first
+    assert store.ensure("tiny", source=source, form=IN_PLACE) == first
     assert store.ensure("tiny", source=source) == first
     assert store.ensure("tiny") == first
 
 
 def test_removing_the_model_leaves_the_original_and_tells_what_is_freed(source: Path, store: ShardStore) -> None:
     size = (source / "model.safetensors").stat().st_size
-    store.ensure("tiny", source=source, in_place=True)
+    store.ensure("tiny", source=source, form=IN_PLACE)
 
     freed = store.remove("tiny")
 
@@ -167,7 +169,7 @@ def test_removing_the_model_leaves_the_original_and_tells_what_is_freed(source: 
 
 
 def test_there_is_no_original_to_delete(source: Path, store: ShardStore) -> None:
-    store.ensure("tiny", source=source, in_place=True)
+    store.ensure("tiny", source=source, form=IN_PLACE)
 
     with pytest.raises(ModelError, match=r"reads 1 files of its original in place.*nothing was"):
         store.delete_original("tiny", source)
@@ -191,7 +193,7 @@ def test_a_manifest_from_before_layers_were_read_in_place_opens(source: Path, st
     [{"start": -1}, {"nbytes": 1 << 40}, {"file": "../../etc/passwd"}, {"file": "root.safetensors"}, {"tensors": 3}],
 )
 def test_a_place_that_makes_no_sense_is_refused(change: dict[str, object], source: Path, store: ShardStore) -> None:
-    model = store.ensure("tiny", source=source, in_place=True)
+    model = store.ensure("tiny", source=source, form=IN_PLACE)
     place = model.directory / "layer-00001.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | change))
 

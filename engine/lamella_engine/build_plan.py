@@ -1,0 +1,107 @@
+"""What a build will write, known before anything is read: every shard, its file, and the most that it takes.
+
+`convert` says which tensors a shard holds; they are copied, packed (`packed_shard`), or left where they lie
+(`in_place`). `shard_builder` writes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lamella_engine import in_place
+from lamella_engine.convert import ModelPlan, ShardPlan
+from lamella_engine.in_place import PlacedLayer, find_layer
+from lamella_engine.manifest import layer_file, original_file
+from lamella_engine.packed_shard import Packing
+from lamella_engine.quant_spec import QuantSpec, TensorName
+from lamella_engine.shard_writer import ShardLayout, lay_out, size_of
+from lamella_engine.weight_source import SourceKind, WeightSource
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build: the model's name, its checked source, and the dtype to store in (None: the source's own).
+
+    `in_place` leaves layers where they lie in the source's files, where they lie there as they are needed. `quant` says
+    which tensors are packed (None: none is), which `quant_device` does.
+    """
+
+    name: str
+    source: WeightSource
+    kind: SourceKind
+    location: str
+    revision: str | None
+    dtype: str | None
+    in_place: bool = False
+    quant: QuantSpec | None = None
+    quant_device: torch.device = CPU
+
+    def packing(self, layer: int | None) -> Packing | None:
+        """How the tensors of a layer are packed, or those outside the layers; None if they are not."""
+        return None if self.quant is None else Packing(self.quant, layer, self.quant_device)
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """One shard to write: its file name, what goes into it and where; or where the layer lies already.
+
+    With a `packing` the layout is of the most that it can take.
+    """
+
+    file: str
+    plan: ShardPlan
+    layout: ShardLayout
+    placed: PlacedLayer | None = None
+    packing: Packing | None = None
+
+    @property
+    def data_bytes(self) -> int:
+        """What progress counts: bytes before packing."""
+        return 0 if self.placed else sum(map(size_of, self.plan.tensors))
+
+    @property
+    def file_bytes(self) -> int:
+        """The file's size; with a `packing` the most it can be."""
+        return len(self.placed.as_json()) if self.placed else self.layout.file_bytes
+
+    @property
+    def key(self) -> bytes:
+        """Differs for another shard."""
+        return self.placed.as_json() if self.placed else self.layout.header
+
+
+def plan_layers(request: BuildRequest, plan: ModelPlan) -> tuple[list[PlannedShard], dict[str, Path]]:
+    """The layers' shards, and the files that some of them stay in."""
+    shards: list[PlannedShard] = []
+    names: dict[Path, str] = {}
+    for index, layer in enumerate(plan.layers):
+        found = find_layer(layer, request.source.find) if request.in_place else None
+        if found is None:
+            shards.append(plan_shard(layer_file(index), layer, request.packing(index)))
+            continue
+        file, placed = found
+        placed = replace(placed, file=names.setdefault(file, original_file(len(names))))
+        shards.append(PlannedShard(layer_file(index, in_place.SUFFIX), layer, lay_out(layer.tensors), placed))
+    return shards, {name: file for file, name in names.items()}
+
+
+def plan_shard(file: str, plan: ShardPlan, packing: Packing | None) -> PlannedShard:
+    """A shard that is written to `file`.
+
+    Raises:
+        OptionError: a format does not take a tensor that it is to pack.
+    """
+    tensors = plan.tensors if packing is None else packing.most(plan.tensors)
+    return PlannedShard(file, plan, lay_out(tensors), packing=packing)
+
+
+def check_quant(quant: QuantSpec, plan: ModelPlan) -> None:
+    """Refuse a specification that names what the model does not have."""
+    layers = ((index, tensor) for index, layer in enumerate(plan.layers) for tensor in layer.tensors)
+    names = [TensorName(tensor.name, tensor.shape, index) for index, tensor in layers]
+    quant.check_against([*(TensorName(tensor.name, tensor.shape) for tensor in plan.root.tensors), *names])
