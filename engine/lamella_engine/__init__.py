@@ -27,12 +27,19 @@ In the order data flows through them:
 - `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options` are what
   callers see.
 - `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
+- `out_of_memory`, `batch_limit`: what an engine does about memory that is short in a sweep.
 - `auto_model`: the engine in one process, for scripts; `cli`, `plan_target`, `plan_report`, `plan_cli`, `bench_cli`: in
   a shell, with `byte_size`, `progress` and `console_progress`.
+
+Names that need torch are loaded when they are first used, so that a process which only speaks to an engine elsewhere
+takes the plain data from here and never loads torch.
 """
 
-from lamella_engine.auto_model import AutoModel, GenerateOutput
-from lamella_engine.engine import Engine
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from lamella_engine.errors import EngineError, ModelError, SequenceError
 from lamella_engine.options import EngineOptions
 from lamella_engine.sequence_types import (
@@ -47,7 +54,11 @@ from lamella_engine.sequence_types import (
     SweepEvents,
     TokenLogprobs,
 )
-from lamella_engine.shard_store import ShardStore
+
+if TYPE_CHECKING:
+    from lamella_engine.auto_model import AutoModel, GenerateOutput
+    from lamella_engine.engine import Engine
+    from lamella_engine.shard_store import ShardStore
 
 __all__ = [
     "AutoModel",
@@ -69,3 +80,23 @@ __all__ = [
     "SweepEvents",
     "TokenLogprobs",
 ]
+
+_NEED_TORCH = {
+    "AutoModel": "auto_model",
+    "Engine": "engine",
+    "GenerateOutput": "auto_model",
+    "ShardStore": "shard_store",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load what needs torch, the first time it is asked for."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

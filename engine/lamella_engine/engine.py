@@ -10,23 +10,25 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from lamella_engine.batch_limit import BatchLimit
 from lamella_engine.detokenizer import Detokenizer
 from lamella_engine.device import peak_rss_bytes, resolve_device
 from lamella_engine.errors import EngineClosed, EngineError, OptionError, SequenceError
 from lamella_engine.kv_shape import context_tokens
 from lamella_engine.open_model import open_sweep_model
 from lamella_engine.options import EngineOptions
+from lamella_engine.out_of_memory import free_what_is_cached, is_out_of_memory
 from lamella_engine.placement import Plan
 from lamella_engine.sampler import sample
 from lamella_engine.scheduler import Ride, Scheduler
-from lamella_engine.sequence import Sequence
+from lamella_engine.sequence import Sequence, check_samples
 from lamella_engine.sequence_types import (
     EngineCounters,
     EngineFacts,
@@ -37,6 +39,7 @@ from lamella_engine.sequence_types import (
 )
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_store import ShardStore
+from lamella_engine.state_pool import StatePool
 from lamella_engine.sweep import SweepModel
 from lamella_engine.sweep_thread import SweepThread
 from lamella_engine.text import TextCodec, end_token_ids, load_codec
@@ -56,6 +59,7 @@ class Engine:
     Attributes:
         codec: the model's tokenizer, or None if it ships none.
         end_token_ids: tokens that end a text unless a sequence ignores them.
+        before_sweep: called in the sweep thread before each sweep; what it raises fails the sweep, as if from within.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class Engine:
         )
         self._step_tokens = model.plan.sweep_tokens - options.max_sequences + 1  # beside a token for everyone else
         self._max_sequences = options.max_sequences
+        self._batch = BatchLimit(options.max_sequences)
+        self.before_sweep: Callable[[], object] = lambda: None
         self._arrivals: list[Sequence] = []
         self._cancels: set[str] = set()
         self._live: set[str] = set()
@@ -161,6 +167,8 @@ class Engine:
             last_sweep_at=self._last_sweep_at,
             **asdict(self._model.timeline.totals()),
             preemptions=self._scheduler.preemptions,
+            out_of_memory=self._batch.failures,
+            batch_limit=self._batch.limit,
         )
 
     def submit(self, request: SequenceRequest) -> None:
@@ -235,7 +243,7 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens; the {what} of {self._model.sharded.name} holds {room}, "
                 "and at least one must be left for the answer. Shorten the prompt.",
             )
-        self._check_samples(request)
+        check_samples(request, self._max_sequences)
         if request.sampling.temperature > 0 and request.sampling.seed is None:
             raise SequenceError("no_seed", "a sequence with temperature > 0 needs a seed")
         if request.sampling.stop and self.codec is None:
@@ -258,20 +266,6 @@ class Engine:
 
     def _make_detokenizer(self, request: SequenceRequest) -> Detokenizer | None:
         return Detokenizer(self.codec.decode, request.sampling.stop) if self.codec else None
-
-    def _check_samples(self, request: SequenceRequest) -> None:
-        if not 1 <= request.num_samples <= self._max_sequences:
-            raise SequenceError(
-                "bad_request",
-                f"num_samples is {request.num_samples}; this engine runs 1 to {self._max_sequences} sequences side by "
-                "side (engine option max_sequences), and each sample is one. Ask for fewer samples.",
-            )
-        if request.num_samples > 1 and request.generated_ids:
-            raise SequenceError(
-                "bad_request",
-                "generated_ids say how one sample went on, but num_samples is "
-                f"{request.num_samples}; resume samples one by one, or leave generated_ids empty",
-            )
 
     def _prompt_ids(self, request: SequenceRequest) -> list[int]:
         if request.prompt_ids is not None:
@@ -323,22 +317,38 @@ class Engine:
         return events
 
     def _sweep(self) -> list[SequenceEvent]:
-        """One sweep for all running sequences; a failure ends them all and leaves the engine clean."""
+        """One sweep for all running sequences; a failure ends them all and leaves the engine clean.
+
+        Where memory was short only the youngest goes back to wait, and the others sweep again.
+        """
         events: list[SequenceEvent] = []
-        began_s = time.perf_counter()
         try:
-            rides = self._scheduler.rides()
-            pack = self._model.pack([ride.span for ride in rides])
-            logits = self._model.run(pack, self._cache)
-            self._advance([rides[index] for index in pack.order], logits, events)
-            self._model.timeline.add(Lane.SWEEP, "sweep", began_s, time.perf_counter())
+            self._sweep_once(events)
+            return events
         except Exception as error:
             failed = list(self._scheduler.running)
             logger.exception("a sweep of %d sequences failed", len(failed))
-            message = f"the sweep failed: {type(error).__name__}: {error}"
-            for sequence in failed:
-                events += self._end(sequence, FinishReason.ERROR, "engine", message)
+            if not is_out_of_memory(error) or not self._batch.shrink(len(failed)):
+                message = f"the sweep failed: {type(error).__name__}: {error}"
+                for sequence in failed:
+                    events += self._end(sequence, FinishReason.ERROR, "engine", message)
+                return events
+        # The error is let go of by now, and with it the tensors of the sweep.
+        self._scheduler.shed(self._batch.limit, is_state_lost=isinstance(self._cache, StatePool))
+        free_what_is_cached(self._model.device)
+        logger.warning("out of memory: the youngest waits; at most %d run side by side now", self._batch.limit)
         return events
+
+    def _sweep_once(self, events: list[SequenceEvent]) -> None:
+        began_s = time.perf_counter()
+        self.before_sweep()
+        rides = self._scheduler.rides()
+        pack = self._model.pack([ride.span for ride in rides])
+        logits = self._model.run(pack, self._cache)
+        self._advance([rides[index] for index in pack.order], logits, events)
+        self._model.timeline.add(Lane.SWEEP, "sweep", began_s, time.perf_counter())
+        if self._batch.good_sweep():
+            self._scheduler.max_sequences = self._batch.limit
 
     def _advance(self, rides: list[Ride], logits: torch.Tensor, events: list[SequenceEvent]) -> None:
         """Give each sequence what the sweep brought it and add to `events`; `rides` as the rows of `logits`."""

@@ -62,12 +62,13 @@ class Scheduler:
         running: those that hold pages and ride every sweep, oldest first.
         waiting: those that came later or were preempted, oldest first.
         preemptions: how often one that ran was sent back.
+        max_sequences: those that run side by side at most; those that do already go on where it falls.
     """
 
     def __init__(self, cache: Pool[Any], max_sequences: int, sweep_tokens: int, *, reads_whole: bool = False) -> None:
         assert max_sequences <= sweep_tokens, "everyone who runs gets a token in every sweep"
         self._cache = cache
-        self._max_sequences = max_sequences
+        self.max_sequences = max_sequences
         self._sweep_tokens = sweep_tokens
         self._reads_whole = reads_whole
         self.waiting: deque[Sequence] = deque()
@@ -117,6 +118,31 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
+    def preempt(self, sequence: Sequence) -> None:
+        """Send one that runs back to the head of the waiting ones; it computes again what it had.
+
+        Of several the youngest goes first, so that they wait in the order of their age.
+        """
+        assert sequence.table is not None, "who runs has a table"
+        self.running.remove(sequence)
+        self._cache.release(sequence.table)
+        sequence.table = None
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def shed(self, max_sequences: int, *, is_state_lost: bool) -> None:
+        """After a sweep for which memory was short: let fewer run from now on, and send the youngest back.
+
+        With it goes whoever cannot simply sweep again: one whose tokens were computed but not chosen from, and, where
+        sequences keep states (`is_state_lost`), everyone, because a state may be half a step further.
+        """
+        self.max_sequences = max_sequences
+        youngest = self.running[-1] if len(self.running) > 1 else None
+        for sequence in self.running[::-1]:
+            if sequence is youngest or is_state_lost or not sequence.pending:
+                self.preempt(sequence)
+
     def find(self, sequence_id: str) -> list[Sequence]:
         """The live sequences of that id, one a sample; a sample that waits for the prompt is with its first one."""
         return [sequence for sequence in (*self.running, *self.waiting) if sequence.sequence_id == sequence_id]
@@ -129,7 +155,7 @@ class Scheduler:
         if not self.running:
             return True
         places = sum(other.places for other in self.running)
-        if places + sequence.places > self._max_sequences:
+        if places + sequence.places > self.max_sequences:
             return False
         growth = places + len(sequence.siblings)
         return self._cache.pages_for(sequence.length) + growth <= self._cache.free_pages
@@ -143,21 +169,15 @@ class Scheduler:
             assert sequence.table is not None, "who runs has a table"
             grown = self._cache.grow(sequence.table, sequence.computed, sequence.length)
             if grown is None:
-                self._preempt_youngest()  # perhaps this one itself, never one that was served before it
+                self.preempt(self._youngest())  # perhaps this one itself, never one that was served before it
             else:
                 copies += grown
                 index += 1
         self._cache.copy_pages(copies)
 
-    def _preempt_youngest(self) -> None:
+    def _youngest(self) -> Sequence:
         assert len(self.running) > 1, "the engine refuses what does not fit an empty cache"
-        sequence = self.running.pop()
-        assert sequence.table is not None, "who runs has a table"
-        self._cache.release(sequence.table)
-        sequence.table = None
-        sequence.computed = 0
-        self.waiting.appendleft(sequence)
-        self.preemptions += 1
+        return self.running[-1]
 
     def _whole_counts(self) -> list[int]:
         """As `_counts`, where prompts cannot be cut: who waits to read its own has none, and none overtakes it.

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from lamella_engine.detokenizer import Detokenizer
+from lamella_engine.errors import SequenceError
 from lamella_engine.packing import Span
 from lamella_engine.sampler import Choice, Draw
 from lamella_engine.sequence_types import (
@@ -177,3 +178,19 @@ def sampling_of(sampling: Sampling, sample: int) -> Sampling:
         return sampling
     digest = hashlib.blake2b(sample.to_bytes(8, "little"), digest_size=8, key=sampling.seed.to_bytes(16, "little"))
     return replace(sampling, seed=int.from_bytes(digest.digest(), "little"))
+
+
+def check_samples(request: SequenceRequest, max_sequences: int) -> None:
+    """Raise SequenceError where an engine of `max_sequences` cannot run as many samples as `request` asks for."""
+    if not 1 <= request.num_samples <= max_sequences:
+        raise SequenceError(
+            "bad_request",
+            f"num_samples is {request.num_samples}; this engine runs 1 to {max_sequences} sequences side by "
+            "side (engine option max_sequences), and each sample is one. Ask for fewer samples.",
+        )
+    if request.num_samples > 1 and request.generated_ids:
+        raise SequenceError(
+            "bad_request",
+            "generated_ids say how one sample went on, but num_samples is "
+            f"{request.num_samples}; resume samples one by one, or leave generated_ids empty",
+        )

@@ -130,7 +130,9 @@ class EngineCounters(StreamTotals):
     """Totals since the engine opened; `last_sweep_at` is Unix seconds, None before the first sweep.
 
     `streamed_bytes` are those that moved to where they were computed. `preemptions` counts sequences that were sent
-    back to wait because the key-value cache ran short. On a GPU the stream's totals are behind by one sweep.
+    back to wait because the key-value cache, or memory, ran short; `out_of_memory` counts sweeps that failed because
+    memory was short, and `batch_limit` is how many sequences may run side by side since (0: not told). On a GPU the
+    stream's totals are behind by one sweep.
     """
 
     running: int
@@ -141,6 +143,8 @@ class EngineCounters(StreamTotals):
     peak_rss_bytes: int
     last_sweep_at: float | None
     preemptions: int = 0
+    out_of_memory: int = 0
+    batch_limit: int = 0
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def test_what_is_read_again_is_not_told_again() -> None:
         if (event := young.prefilled()) is not None and young.is_reading:
             told.append(event)
         if sweeps.sweeps == 2:
-            sweeps.scheduler._preempt_youngest()
+            sweeps.scheduler.preempt(sweeps.scheduler.running[-1])
 
     read = [event.prefilled_tokens for event in told]
     assert sweeps.scheduler.preemptions >= 1
