@@ -237,11 +237,25 @@ class ModelInfo(Wire):
     size_bytes: int
 
 
+class EngineProcessInfo(Wire):
+    """The process that a worker's engine has of its own.
+
+    `max_sequences` is the batch that its engine may run at most, `trouble` says why the last one before it ended.
+    """
+
+    pid: int | None
+    state: Literal["starting", "ready", "failed"]
+    restarts: int
+    max_sequences: int
+    trouble: str | None
+
+
 class WorkerInfo(Wire):
     """A worker's heartbeat, written with a time to live; times are Unix seconds, counters since its start.
 
     `last_sweep_at` is None until the first job; while jobs run it is not before the first of them came, so a worker
-    with running jobs and an old `last_sweep_at` is stuck.
+    with running jobs and an old `last_sweep_at` is stuck. `engine_process` is None where the engine has no process of
+    its own.
     """
 
     name: str
@@ -260,6 +274,7 @@ class WorkerInfo(Wire):
     tokens: int
     streamed_bytes: int
     peak_rss_bytes: int
+    engine_process: EngineProcessInfo | None = None
 
 
 class JobStatus(Wire):

@@ -16,6 +16,7 @@ from kombu.entity import Queue
 from lamella.keys import queue_name
 from lamella_worker import transport
 from lamella_worker.config import WorkerConfig
+from lamella_worker.flower_info import FlowerInfo
 from lamella_worker.lease import DeliveryLease
 from lamella_worker.reconciler import Reconciler, ReconcilerStep
 
@@ -61,7 +62,7 @@ def make_app(config: WorkerConfig, reconciler: Reconciler) -> Celery:
         },
     )
     app.lamella_reconciler = reconciler
-    app.steps["consumer"].update({DeliveryLease, ReconcilerStep})
+    app.steps["consumer"].update({DeliveryLease, FlowerInfo, ReconcilerStep})
     return app
 
 

@@ -1,7 +1,8 @@
 """The command line of a worker: ``lamella worker`` and ``python -m lamella_worker``.
 
 Owns options, exit codes and the set-up of logging. Exit codes: 0 after a drain, 1 where the worker cannot serve or
-is unhealthy, 2 for a setting that cannot work. Loads celery and the engine only once the device is pinned.
+is unhealthy, 2 for a setting that cannot work. Loads celery and the engine, or its process, only once
+the device is pinned.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ def worker(  # noqa: PLR0913  a command has as many arguments as options
     name: NameOption = None,
     lease_s: Annotated[float | None, typer.Option("--lease-s", help="Seconds a job is ours between signs.")] = None,
     drain_s: Annotated[float | None, typer.Option("--drain-s", help="Seconds a stop takes at most.")] = None,
+    isolation: Annotated[
+        str | None, typer.Option("--isolation", help="child: the engine in a process of its own; none: in this one.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
     """Serve one model from this host until SIGTERM; every option beats the settings file."""
@@ -62,6 +66,7 @@ def worker(  # noqa: PLR0913  a command has as many arguments as options
         "worker.name": name,
         "worker.lease_s": lease_s,
         "worker.drain_s": drain_s,
+        "worker.isolation": isolation,
         "engine.store": store,
         "engine.max_sequences": slots,
         "engine.vram": vram,

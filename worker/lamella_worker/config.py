@@ -34,6 +34,7 @@ FLAGS = {
     "worker.name": "--name",
     "worker.lease_s": "--lease-s",
     "worker.drain_s": "--drain-s",
+    "worker.isolation": "--isolation",
     "engine.store": "--store",
     "engine.dtype": "--dtype",
     "engine.max_sequences": "--slots",
@@ -121,6 +122,22 @@ class WorkerTable(_Table):
     lease_s: float = Field(default=10.0, ge=0.5, le=3600.0, description="seconds a job stays ours between two signs")
     drain_s: float = Field(default=20.0, ge=1.0, le=3600.0, description="seconds a stop by SIGTERM takes at most")
     max_attempts: int = Field(default=3, ge=1, le=100, description="claims of a job before it fails")
+    isolation: Literal["child", "none"] = Field(
+        default="child", description="child runs the engine in a process of its own, none in the worker's"
+    )
+    hang_s: float = Field(
+        default=120.0, ge=0.5, le=86400.0, description="seconds a sweep may take at least before its process is killed"
+    )
+    hang_sweeps: float = Field(
+        default=20.0, ge=2.0, le=10000.0, description="times the longest sweep of late that a sweep may take"
+    )
+    open_s: float = Field(
+        default=14400.0, ge=1.0, le=604800.0, description="seconds that opening the model may go on without progress"
+    )
+    max_restarts: int = Field(
+        default=8, ge=0, le=1000, description="restarts of the engine's process within restart_window_s; then it ends"
+    )
+    restart_window_s: float = Field(default=600.0, ge=1.0, le=86400.0, description="the span that max_restarts is of")
 
     @field_validator("model")
     @classmethod

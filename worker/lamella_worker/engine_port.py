@@ -1,15 +1,23 @@
 """The engine as the worker sees it: the one narrow interface between the two.
 
-Owns no behaviour. `lamella_engine.Engine` has this shape; an engine in a child process, or the scripted one of the
-tests, has it too. Imported only after the device is pinned.
+Owns no behaviour. `lamella_engine.Engine` has this shape, `child_engine.ChildEngine` has it for an engine in a process
+of its own, and so has the scripted one of the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from lamella_engine.errors import EngineError
 from lamella_engine.sequence_types import EngineCounters, EngineFacts, SequenceRequest, SweepEvents
+
+ENGINE_ERROR = "engine"  # the code of a sequence that failed inside a sweep, through no fault of its own
+CREDIT = 2  # sweeps whose events an engine process may send ahead of what was taken
+
+
+class EngineAway(EngineError):
+    """The engine's process is being started again; what was asked may be asked again later."""
 
 
 class SweepEngine(Protocol):
@@ -25,7 +33,11 @@ class SweepEngine(Protocol):
         ...
 
     def submit(self, request: SequenceRequest) -> None:
-        """Take a sequence. Raises SequenceError at once for one that cannot run, EngineClosed after close()."""
+        """Take a sequence.
+
+        Raises SequenceError at once for one that cannot run, EngineClosed after close(), EngineAway where it was not
+        even looked at.
+        """
         ...
 
     def cancel(self, sequence_id: str) -> None:
@@ -39,3 +51,12 @@ class SweepEngine(Protocol):
     def close(self) -> None:
         """Stop the sweeps and free everything; idempotent."""
         ...
+
+
+class LocalEngine(SweepEngine, Protocol):
+    """An engine in this very process.
+
+    `before_sweep` is called before each sweep, in the thread that sweeps; what it raises fails the sweep.
+    """
+
+    before_sweep: Callable[[], object]

@@ -1,7 +1,7 @@
-"""Lets jobs into the engine: many together, or one alone on its last chance.
+"""Lets jobs into the engine: many together, or one alone after a lost attempt.
 
-Owns the order of entry only. A job whose earlier attempts all ended with a dead worker or a failed sweep may be the
-cause; on its last attempt it shares the engine with nobody, so that it cannot take others down with it and they
+Owns the order of entry only. A job whose earlier attempt ended with a dead worker, a dead engine or a failed sweep may
+be the cause; from then on it shares the engine with nobody, so that it cannot take others down with it and they
 cannot use up its attempts. Jobs that wait for the engine to be free go before newcomers.
 """
 

@@ -49,10 +49,22 @@ def check_health(client: redis.Redis, keys: Keys, name: str | None, longest_swee
     for info in infos:
         if (complaint := _complaint(info, time.time(), longest_sweep_s)) is not None:
             return Health(False, f"worker {info.name}: {complaint}")
-    return Health(True, ", ".join(f"worker {info.name}: {info.running} of {info.slots} slots busy" for info in infos))
+    return Health(True, ", ".join(_praise(info) for info in infos))
+
+
+def _praise(info: WorkerInfo) -> str:
+    said = f"worker {info.name}: {info.running} of {info.slots} slots busy"
+    process = info.engine_process
+    if process is None or (process.state == "ready" and not process.restarts):
+        return said
+    which = f"engine process {process.pid}" if process.pid is not None else "no engine process now"
+    return f"{said} ({which}, {process.state}, restarted {process.restarts} times, last because: {process.trouble})"
 
 
 def _complaint(info: WorkerInfo, now: float, longest_sweep_s: float) -> str | None:
+    process = info.engine_process
+    if process is not None and process.state == "failed":
+        return f"its engine process is not started again: {process.trouble}"
     age_s = now - info.heartbeat_at
     if age_s > WORKER_TTL_S:
         return f"its last heartbeat is {age_s:.0f} s old"

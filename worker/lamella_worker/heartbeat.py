@@ -18,7 +18,7 @@ import redis
 from redis.exceptions import RedisError
 
 from lamella.keys import HEARTBEAT_S, WORKER_TTL_S, Keys
-from lamella.messages import ModelInfo, WorkerInfo
+from lamella.messages import EngineProcessInfo, ModelInfo, WorkerInfo
 from lamella_engine.sequence_types import EngineCounters, EngineFacts
 from lamella_worker.job_table import JobTable
 from lamella_worker.stoppable_thread import StoppableThread
@@ -33,9 +33,10 @@ class WorkerFacts:
         name: the worker's name.
         model: the name it serves the model under.
         device: what it runs on, in words.
-        facts: the open engine.
+        facts: asks for the open engine's facts.
         counters: asks the engine for its totals.
         table: the running jobs.
+        child: asks for the state of the engine's process; None where it has none of its own.
     """
 
     def __init__(
@@ -43,24 +44,19 @@ class WorkerFacts:
         name: str,
         model: str,
         device: str,
-        facts: EngineFacts,
+        facts: Callable[[], EngineFacts],
         counters: Callable[[], EngineCounters],
         table: JobTable,
+        child: Callable[[], EngineProcessInfo] | None = None,
     ) -> None:
         self.name = name
         self._device = device
-        self._slots = facts.max_sequences
+        self._facts = facts
         self._counters = counters
         self._table = table
         self._started_at = time.time()
-        self._model = ModelInfo(
-            name=model,
-            family=facts.family,
-            dtype=facts.dtype,
-            num_layers=facts.num_layers,
-            context_length=facts.context_length,
-            size_bytes=facts.size_bytes,
-        )
+        self._model_name = model
+        self._child = child
 
     def info(self, *, is_draining: bool) -> WorkerInfo:
         """Return how the worker stands now.
@@ -68,7 +64,7 @@ class WorkerFacts:
         `last_sweep_at` counts from when the worker last became busy, so that a worker whose first sweep after a
         quiet hour is under way does not look stuck.
         """
-        counters = self._counters()
+        counters, facts = self._counters(), self._facts()
         busy_since = self._table.busy_since
         last_sweep_at = counters.last_sweep_at
         if busy_since is not None:
@@ -79,8 +75,15 @@ class WorkerFacts:
             pid=os.getpid(),
             version=version("lamella"),
             device=self._device,
-            model=self._model,
-            slots=self._slots,
+            model=ModelInfo(
+                name=self._model_name,
+                family=facts.family,
+                dtype=facts.dtype,
+                num_layers=facts.num_layers,
+                context_length=facts.context_length,
+                size_bytes=facts.size_bytes,
+            ),
+            slots=counters.batch_limit or facts.max_sequences,
             running=len(self._table.jobs()),
             draining=is_draining,
             started_at=self._started_at,
@@ -90,6 +93,7 @@ class WorkerFacts:
             tokens=counters.tokens,
             streamed_bytes=counters.streamed_bytes,
             peak_rss_bytes=counters.peak_rss_bytes,
+            engine_process=self._child() if self._child is not None else None,
         )
 
 

@@ -1,28 +1,30 @@
 """Opens the engine for a worker, and says in one message why it cannot be opened.
 
-Importing this loads torch, so nothing imports it before the device is pinned.
+Importing this loads torch, so nothing imports it before the device is pinned; a worker whose engine is in a process of
+its own never imports it.
 """
 
 from __future__ import annotations
 
-from lamella_engine import Engine, EngineOptions
+from lamella_engine import Engine, EngineOptions, ShardStore
+from lamella_engine.device import resolve_device
 from lamella_engine.errors import EngineError
-from lamella_worker.config import WorkerConfig
-from lamella_worker.device import PinnedDevice
+from lamella_engine.out_of_memory import is_out_of_memory
+from lamella_engine.progress import Progress, silent
+from lamella_worker.config import EngineTable
 from lamella_worker.worker_error import WorkerError
 
 
-def open_engine(config: WorkerConfig, device: PinnedDevice) -> Engine:
-    """Open the engine, building the model's shards if the store lacks them.
+def open_engine(model: str, table: EngineTable, device: str, progress: Progress = silent) -> Engine:
+    """Open the engine on `device` as the engine knows it, building the model's shards if the store lacks them.
 
     Raises:
         WorkerError: it cannot open.
     """
-    table = config.engine
     try:
         options = EngineOptions(
             store=table.store,
-            device=device.engine_device,
+            device=device,
             dtype=table.dtype,
             max_sequences=table.max_sequences,
             sweep_tokens=table.sweep_tokens,
@@ -33,9 +35,12 @@ def open_engine(config: WorkerConfig, device: PinnedDevice) -> Engine:
             shared_memory=table.shared_memory,
             offline=table.offline,
         )
-        return Engine.open(config.worker.model, options)
+        found = resolve_device(options.device)
+        sharded = ShardStore(options.store).ensure(model, offline=options.offline, progress=progress)
+        return Engine.open_sharded(sharded, found, options)
     except EngineError as error:
-        raise WorkerError(f"cannot serve {config.worker.model}: {error}") from error
+        raise WorkerError(f"cannot serve {model}: {error}") from error
     except (OSError, MemoryError, RuntimeError) as error:
         # The device or the disk refused in its own words; torch's out-of-memory error is a RuntimeError.
-        raise WorkerError(f"cannot serve {config.worker.model}: {type(error).__name__}: {error}") from error
+        message = f"cannot serve {model}: {type(error).__name__}: {error}"
+        raise WorkerError(message, is_out_of_memory=is_out_of_memory(error)) from error

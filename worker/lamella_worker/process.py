@@ -1,7 +1,7 @@
 """One worker process, put together: engine, session, threads, Celery; and taken apart in the opposite order.
 
-Owns the lifetimes. Imported only after the device is pinned, because it speaks the engine's types. `cli` calls `serve`
-and turns its result into an exit code.
+Owns the lifetimes. Imported only after the device is pinned: with it comes the engine, or its process. `cli` calls
+`serve` and turns its result into an exit code.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
@@ -18,8 +19,10 @@ from celery import signals
 from celery.apps.worker import Worker
 
 from lamella.keys import Keys, queue_name
+from lamella.messages import EngineProcessInfo, WorkerInfo
 from lamella_engine.errors import EngineError
 from lamella_worker.app import make_app
+from lamella_worker.child_engine import ChildEngine
 from lamella_worker.config import WorkerConfig
 from lamella_worker.device import PinnedDevice
 from lamella_worker.drain import EXIT_FAILURE, Drain
@@ -31,6 +34,7 @@ from lamella_worker.publisher import Publisher
 from lamella_worker.reconciler import Reconciler
 from lamella_worker.registry import Registry, open_redis
 from lamella_worker.session import Session
+from lamella_worker.supervisor import ChildState, EngineSpec
 from lamella_worker.tasks import add_generate_task
 
 log = logging.getLogger(__name__)
@@ -56,12 +60,19 @@ def serve(config: WorkerConfig, device: PinnedDevice) -> int:
     Raises:
         WorkerError: the engine cannot open. Nothing was taken from the queue.
     """
-    from lamella_worker.open_engine import open_engine  # the one place that loads torch
-
     log.info("lamella worker %s, pid %d", version("lamella"), os.getpid())
     log.info("model %s", config.worker.model)
     log.info("device %s (%s)", device.label, device.why)
-    return serve_engine(open_engine(config, device), config, device)
+    return serve_engine(_open(config, device), config, device)
+
+
+def _open(config: WorkerConfig, device: PinnedDevice) -> SweepEngine:
+    if config.worker.isolation == "child":
+        spec = EngineSpec(config.worker.model, config.engine, device.engine_device)
+        return ChildEngine.open(spec, config.worker)
+    from lamella_worker.open_engine import open_engine  # the one place that loads torch
+
+    return open_engine(config.worker.model, config.engine, device.engine_device)
 
 
 def worker_name(config: WorkerConfig, device: PinnedDevice) -> str:
@@ -86,7 +97,10 @@ def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice
         stack.callback(impatient.close)
 
         table = JobTable()
-        session = Session(engine, Registry(client, keys), table, config, name)
+        child = engine if isinstance(engine, ChildEngine) else None
+        session = Session(
+            engine, Registry(client, keys), table, config, name, child.wait_ready if child else lambda timeout_s: True
+        )
         drain = Drain(session, config.worker.drain_s)
 
         def on_publisher_end(has_failed: bool) -> None:
@@ -96,8 +110,20 @@ def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice
 
         publisher = Publisher(engine, table, session.delivery, on_publisher_end)
         keeper = LeaseKeeper(table, session.delivery, config.worker.lease_s)
-        worker_facts = WorkerFacts(name, config.worker.model, device.label, facts, engine.counters, table)
-        heartbeat = Heartbeat(impatient, keys, name, lambda: worker_facts.info(is_draining=session.is_draining))
+        worker_facts = WorkerFacts(
+            name,
+            config.worker.model,
+            device.label,
+            lambda: engine.facts,
+            engine.counters,
+            table,
+            (lambda: _process_info(child.state)) if child else None,
+        )
+
+        def info() -> WorkerInfo:
+            return worker_facts.info(is_draining=session.is_draining)
+
+        heartbeat = Heartbeat(impatient, keys, name, info)
         reconciler = Reconciler(impatient, Registry(impatient, keys), name, config.worker.lease_s)
 
         drain.start()
@@ -110,11 +136,24 @@ def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice
         stack.callback(keeper.stop, JOIN_S)
         heartbeat.start()
         stack.callback(heartbeat.stop, JOIN_S)
-        return _run_celery(config, session, reconciler, name)
+        return _run_celery(config, session, reconciler, name, info)
 
 
-def _run_celery(config: WorkerConfig, session: Session, reconciler: Reconciler, name: str) -> int:
+def _process_info(state: ChildState) -> EngineProcessInfo:
+    return EngineProcessInfo(
+        pid=state.pid,
+        state="failed" if state.has_failed else "ready" if state.is_ready else "starting",
+        restarts=state.restarts,
+        max_sequences=state.max_sequences,
+        trouble=state.trouble,
+    )
+
+
+def _run_celery(
+    config: WorkerConfig, session: Session, reconciler: Reconciler, name: str, info: Callable[[], WorkerInfo]
+) -> int:
     app = make_app(config, reconciler)
+    app.lamella_info = info
     add_generate_task(app, session)
     signals.setup_logging.connect(_keep_logging)
     worker = LamellaWorker(

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 
 from lamella.messages import Cancelled, Done, Failed, Progress, TokenEvent, TokenLogprob, Usage
+from lamella_engine.errors import EngineError
 from lamella_engine.sequence_types import (
     FinishReason,
     SequenceFinished,
@@ -19,14 +20,13 @@ from lamella_engine.sequence_types import (
     SweepEvents,
 )
 from lamella_worker.delivery import Delivery, Emission
-from lamella_worker.engine_port import SweepEngine
+from lamella_worker.engine_port import ENGINE_ERROR, SweepEngine
 from lamella_worker.job_table import JobTable
 from lamella_worker.running_job import Outcome, RunningJob
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-ENGINE_ERROR = "engine"  # the code of a sequence that failed inside a sweep, through no fault of its own
 
 
 class Publisher:
@@ -65,6 +65,8 @@ class Publisher:
                 if batch.events:
                     self.publish(batch)
             has_failed = False
+        except EngineError as error:
+            log.error("the engine failed for good; this worker stops and its jobs go on elsewhere: %s", error)
         except Exception:
             log.exception("the publisher failed; this worker stops and its jobs go on elsewhere")
         finally:

@@ -20,10 +20,9 @@ from lamella.registry_calls import ClaimReply, ClaimStatus, ReleaseStatus, claim
 from lamella_engine.errors import EngineClosed, SequenceError
 from lamella_worker.config import WorkerConfig
 from lamella_worker.delivery import FIRST_RETRY_S, LONGEST_RETRY_S, Delivery, Emission
-from lamella_worker.engine_port import SweepEngine
+from lamella_worker.engine_port import ENGINE_ERROR, EngineAway, SweepEngine
 from lamella_worker.gate import Gate
 from lamella_worker.job_table import JobTable
-from lamella_worker.publisher import ENGINE_ERROR
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken, StreamLost
 from lamella_worker.running_job import Outcome, RunningJob
 from lamella_worker.sequence_request import sequence_request
@@ -32,6 +31,8 @@ log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 LOOK_S = 1.0  # how often a waiting task looks whether the session still works
+ENGINE_WAIT_S = 5.0  # for an engine that is started again; then the message goes back, for other workers to take
+ALONE_FROM = 2  # the attempt from which on a job runs alone
 PARKED_REMEMBERED = 1000
 
 
@@ -51,16 +52,24 @@ class Session:
         table: where running jobs are listed for the publisher, the lease keeper and the drain.
         config: the worker's settings.
         name: the worker's name, written into each claim.
+        wait_ready: waits so many seconds for the engine to be open, and says whether it is.
     """
 
     def __init__(
-        self, engine: SweepEngine, registry: Registry, table: JobTable, config: WorkerConfig, name: str
+        self,
+        engine: SweepEngine,
+        registry: Registry,
+        table: JobTable,
+        config: WorkerConfig,
+        name: str,
+        wait_ready: Callable[[float], bool] = lambda timeout_s: True,
     ) -> None:
         self._engine = engine
         self._registry = registry
         self._table = table
         self._config = config
         self._name = name
+        self._wait_ready = wait_ready
         self._gate = Gate()
         self._draining = threading.Event()
         self._gave_up = threading.Event()
@@ -78,6 +87,8 @@ class Session:
             if not is_ours:
                 log.info("job=%s a second message for a job that runs here is dropped", job_id)
                 return Verdict.ACK
+            if not self._has_engine():
+                return Verdict.REQUEUE
             try:
                 claim = self._claim(job_id)
             except RegistryBroken:
@@ -104,6 +115,16 @@ class Session:
         self._gave_up.set()
         for job in self._table.jobs():
             job.settle(Outcome.GIVEN_BACK)
+
+    def _has_engine(self) -> bool:
+        """Wait a while for an engine that is being opened; a job that is not claimed is free for other workers."""
+        deadline = time.monotonic() + ENGINE_WAIT_S
+        while not self._draining.is_set():
+            if self._wait_ready(LOOK_S):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+        return False
 
     def _claim(self, job_id: str) -> ClaimReply | None:
         """Claim the job, waiting while Redis is away; None once the worker drains."""
@@ -159,7 +180,7 @@ class Session:
             return self._fail(job, "stream_lost", f"the job cannot go on: {error}; submit it again")
         except SequenceError as error:
             return self._refused(job, error)
-        except EngineClosed:
+        except (EngineClosed, EngineAway):
             return Outcome.GIVEN_BACK
         except Exception:
             log.exception("job=%s attempt %d failed in the worker", job.job_id, job.attempts)
@@ -169,15 +190,15 @@ class Session:
         def is_called_off() -> bool:
             return job.is_settled or job.is_cancel_requested or self._draining.is_set()
 
-        is_last_chance = job.attempts >= max(2, self._config.worker.max_attempts)
-        with self._gate.pass_through(is_alone=is_last_chance, is_called_off=is_called_off) as has_entered:
+        is_alone = job.attempts >= ALONE_FROM
+        with self._gate.pass_through(is_alone=is_alone, is_called_off=is_called_off) as has_entered:
             if has_entered and not is_called_off():
                 log.info(
                     "job=%s starts: attempt %d, after %d tokens%s",
                     job.job_id,
                     job.attempts,
                     len(generated_ids),
-                    ", alone" if is_last_chance else "",
+                    ", alone" if is_alone else "",
                 )
                 self._engine.submit(sequence_request(job.sequence_id, request, generated_ids))
                 if is_called_off():  # asked for while the engine did not know the sequence yet

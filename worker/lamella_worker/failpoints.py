@@ -1,0 +1,130 @@
+"""Faults on demand in the engine process, for tests: named points where it hangs, crashes or runs out of memory.
+
+Owns the environment variable ``LAMELLA_FAILPOINTS`` and its grammar; read in the engine process only, and an engine in
+the worker's own process has no failpoints. Several are separated by ``;``, each of the form::
+
+    point=action[@nth][#child][~text]
+
+The points are ``open`` (before the engine opens), ``submit`` (before a sequence is taken; `text` must be in its prompt)
+and ``sweep`` (in the sweep thread, before each sweep). A point acts the `nth` time it is passed, the first time unless
+said; with ``@nth+`` also ever after. `child` is the number of the engine process, from 0; left out, all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+VARIABLE = "LAMELLA_FAILPOINTS"
+EXIT_CODE = 3
+HANG_S = 600.0  # a hang that nobody ends has an end
+
+_FORM = re.compile(
+    r"(?P<point>open|submit|sweep)=(?P<action>[a-z]+)(@(?P<nth>\d+)(?P<on>\+)?)?(#(?P<child>\d+))?(~(?P<text>.+))?"
+)
+
+
+def _hang() -> None:
+    threading.Event().wait(HANG_S)
+
+
+def _freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)  # every thread, as one that hangs without letting go of the interpreter
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when the host runs out of memory
+
+
+def _segfault() -> None:
+    ctypes.string_at(0)
+
+
+def _exit() -> None:
+    os._exit(EXIT_CODE)
+
+
+def _oom() -> None:
+    raise MemoryError("a failpoint ran out of memory")
+
+
+def _error() -> None:
+    raise ValueError("a failpoint failed")
+
+
+def _device() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered (a failpoint)")
+
+
+ACTIONS: dict[str, Callable[[], None]] = {
+    "hang": _hang,
+    "freeze": _freeze,
+    "kill": _kill,
+    "segfault": _segfault,
+    "exit": _exit,
+    "oom": _oom,
+    "error": _error,
+    "device": _device,
+}
+
+
+@dataclass
+class _Failpoint:
+    point: str
+    action: str
+    nth: int
+    goes_on: bool
+    child: int | None
+    text: str
+    passed: int = 0
+
+    def is_due(self) -> bool:
+        self.passed += 1
+        return self.passed == self.nth or (self.goes_on and self.passed > self.nth)
+
+
+class Failpoints:
+    """The failpoints of one engine process; safe to use from any thread.
+
+    Raises:
+        ValueError: a failpoint is not of the form above.
+    """
+
+    def __init__(self, specification: str, child: int) -> None:
+        found = [_parse(part) for part in specification.split(";") if part.strip()]
+        self._points = [each for each in found if each.child in (None, child)]
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_environment(cls, child: int, environ: Mapping[str, str] | None = None) -> Failpoints:
+        """Those that the environment names for the `child`-th engine process."""
+        return cls((os.environ if environ is None else environ).get(VARIABLE, ""), child)
+
+    def has(self, point: str) -> bool:
+        """Whether anything may happen at `point`."""
+        return any(each.point == point for each in self._points)
+
+    def hit(self, point: str, text: str = "") -> None:
+        """Pass `point`, with a sequence's prompt where there is one; may raise, hang, or not come back."""
+        with self._lock:
+            due = [each for each in self._points if each.point == point and each.text in text and each.is_due()]
+        for each in due:
+            ACTIONS[each.action]()
+
+
+def _parse(part: str) -> _Failpoint:
+    match = _FORM.fullmatch(part.strip())
+    if match is None or match["action"] not in ACTIONS:
+        raise ValueError(
+            f"{VARIABLE} names {part.strip()!r}; a failpoint is point=action[@nth][#child][~text], with the points "
+            f"open, submit and sweep and the actions {', '.join(ACTIONS)}"
+        )
+    child = None if match["child"] is None else int(match["child"])
+    return _Failpoint(
+        match["point"], match["action"], int(match["nth"] or 1), bool(match["on"]), child, match["text"] or ""
+    )
