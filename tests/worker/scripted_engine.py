@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lamella_engine.errors import EngineClosed, SequenceError
@@ -70,6 +70,7 @@ class ScriptedEngine:
         self._sweeps = self._tokens = 0
         self._last_sweep_at: float | None = None
         self.widest = 0
+        self.before_sweep: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._run, name="scripted-sweep", daemon=True)
         self._thread.start()
 
@@ -147,6 +148,14 @@ class ScriptedEngine:
             riders = list(self._sequences.values())
         if any(rider.script == "die" for rider in riders):
             os._exit(9)
+        try:
+            if riders:
+                self.before_sweep()
+        except (RuntimeError, ValueError) as error:
+            return [
+                *events,
+                *(self._end(r, FinishReason.ERROR, "engine", f"the sweep failed: {error}") for r in riders),
+            ]
         if any(rider.script == "crash" for rider in riders):
             return [*events, *(self._end(r, FinishReason.ERROR, "engine", "scripted crash") for r in riders)]
         if riders:

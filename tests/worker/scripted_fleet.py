@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lamella.client import Client
@@ -22,11 +23,19 @@ class ScriptedFleet:
         self._logs = logs
 
     def start(
-        self, *names: str, slots: int = 8, lease_s: float = 1.0, drain_s: float = 8.0, sweep_s: float = 0.01
+        self,
+        *names: str,
+        slots: int = 8,
+        lease_s: float = 1.0,
+        drain_s: float = 8.0,
+        sweep_s: float = 0.01,
+        isolation: str = "none",
+        failpoints: str = "",
+        settings: Sequence[str] = (),
     ) -> None:
-        """Start workers side by side, and wait until all are listed."""
+        """Start workers side by side, and wait until all are listed; `settings` are of the form worker.hang_s=2.0."""
         for name in names:
-            options = [str(slots), str(lease_s), str(drain_s), str(sweep_s)]
+            options = [str(slots), str(lease_s), str(drain_s), str(sweep_s), isolation, *settings]
             with (self._logs / f"{name}.log").open("ab") as output:
                 self.processes[name] = subprocess.Popen(
                     [sys.executable, "-m", "tests.worker.scripted_worker", "tiny", self._url, name, *options],
@@ -34,7 +43,7 @@ class ScriptedFleet:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     cwd=Path(__file__).resolve().parent.parent.parent,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "LAMELLA_FAILPOINTS": failpoints},
                 )
         with Client(self._url) as client:
             wait_until(lambda: set(names) <= {worker.name for worker in client.workers()}, START_S)

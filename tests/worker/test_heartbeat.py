@@ -27,7 +27,7 @@ def counters(last_sweep_at: float | None) -> EngineCounters:
 
 
 def facts(table: JobTable, last_sweep_at: float | None = None) -> WorkerFacts:
-    return WorkerFacts("w1", "owner/name", "cpu", FACTS, lambda: counters(last_sweep_at), table)
+    return WorkerFacts("w1", "owner/name", "cpu", lambda: FACTS, lambda: counters(last_sweep_at), table)
 
 
 def worker_info(**changes: object) -> WorkerInfo:

@@ -5,8 +5,9 @@ the worker's own process has no failpoints. Several are separated by ``;``, each
 
     point=action[@nth][#child][~text]
 
-The points are ``open`` (before the engine opens), ``submit`` (before a sequence is taken; `text` must be in its prompt)
-and ``sweep`` (in the sweep thread, before each sweep). A point acts the `nth` time it is passed, the first time unless
+The points are ``open`` (before the engine opens), ``submit`` (before a sequence is taken) and ``sweep`` (in the sweep
+thread, before each sweep). With `text`, only sequences count whose prompt has it: ``submit`` passes over the others,
+``sweep`` begins to count when such a sequence comes. A point acts the `nth` time it is passed, the first time unless
 said; with ``@nth+`` also ever after. `child` is the number of the engine process, from 0; left out, all of them.
 """
 
@@ -82,6 +83,7 @@ class _Failpoint:
     child: int | None
     text: str
     passed: int = 0
+    is_armed: bool = False
 
     def is_due(self) -> bool:
         self.passed += 1
@@ -112,9 +114,18 @@ class Failpoints:
     def hit(self, point: str, text: str = "") -> None:
         """Pass `point`, with a sequence's prompt where there is one; may raise, hang, or not come back."""
         with self._lock:
-            due = [each for each in self._points if each.point == point and each.text in text and each.is_due()]
+            if point == "submit":
+                self._arm(text)
+            due = [each for each in self._points if each.point == point and each.is_armed and each.is_due()]
         for each in due:
             ACTIONS[each.action]()
+
+    def _arm(self, prompt: str) -> None:
+        for each in self._points:
+            if each.point == "submit":
+                each.is_armed = each.text in prompt
+            elif each.point == "sweep" and each.text and each.text in prompt:
+                each.is_armed, each.passed = True, 0
 
 
 def _parse(part: str) -> _Failpoint:
@@ -125,6 +136,7 @@ def _parse(part: str) -> _Failpoint:
             f"open, submit and sweep and the actions {', '.join(ACTIONS)}"
         )
     child = None if match["child"] is None else int(match["child"])
+    text = match["text"] or ""
     return _Failpoint(
-        match["point"], match["action"], int(match["nth"] or 1), bool(match["on"]), child, match["text"] or ""
+        match["point"], match["action"], int(match["nth"] or 1), bool(match["on"]), child, text, is_armed=not text
     )

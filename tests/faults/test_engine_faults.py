@@ -1,0 +1,78 @@
+"""Faults of a real engine: it crashes, or its memory is short; the worker lives, and every text is what it would be."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from lamella.client import Client
+from lamella.messages import EngineProcessInfo
+from tests.faults.conftest import MODEL
+from tests.faults.oracle import Undisturbed, assert_as_if_nothing_was, undisturbed
+from tests.faults.workers import Workers
+from tests.waiting import wait_until
+
+NAME = "w1"
+HOG = "A hog of memory"
+PROMPTS = ["The river runs", "A small lamp stood on the table", "One, two, three"]
+SAMPLED = {"max_tokens": 200, "temperature": 0.8, "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def calm(workers: Workers) -> list[Undisturbed]:
+    """The requests of these tests, and what becomes of them in peace; the memory is short when the HOG has come."""
+    workers.start(MODEL, NAME, failpoints=f"sweep=oom@5~{HOG};sweep=oom@20~{HOG}")
+    with Client(workers.url) as client:
+        return [undisturbed(client, MODEL, prompt, **SAMPLED) for prompt in PROMPTS]
+
+
+@pytest.fixture
+def engine(workers: Workers, calm: list[Undisturbed]) -> EngineProcessInfo:
+    return workers.engine(NAME)
+
+
+def test_a_crash_of_the_engine_costs_an_attempt_and_nothing_else(
+    client: Client, workers: Workers, engine: EngineProcessInfo, calm: list[Undisturbed]
+) -> None:
+    jobs = [each.submit(client) for each in calm]
+    wait_until(lambda: all(job.status().events >= 10 for job in jobs))
+
+    crashed = workers.signal_engine(NAME, signal.SIGSEGV)
+
+    for job, expected in zip(jobs, calm, strict=True):
+        assert_as_if_nothing_was(job, expected, attempts=2)
+        assert job.status().worker == NAME
+    after = workers.engine(NAME)
+    assert after.pid != crashed
+    assert (after.restarts, after.max_sequences) == (engine.restarts + 1, engine.max_sequences)
+    assert "killed by SIGSEGV" in (after.trouble or "")
+
+
+def test_a_sweep_without_memory_sends_the_youngest_back_and_harms_nobody(
+    client: Client, workers: Workers, engine: EngineProcessInfo, calm: list[Undisturbed]
+) -> None:
+    told = workers.log(NAME).count("out of memory: the youngest waits")
+    jobs = [each.submit(client) for each in calm]
+    wait_until(lambda: all(job.status().events >= 5 for job in jobs))
+
+    hog = client.submit(HOG, model=MODEL, max_tokens=40, ignore_eos=True)
+
+    for job, expected in zip(jobs, calm, strict=True):
+        assert_as_if_nothing_was(job, expected, attempts=1)
+    assert hog.result(timeout_s=40).usage.completion_tokens == 40
+    assert workers.log(NAME).count("out of memory: the youngest waits") == told + 2
+    assert workers.engine(NAME).restarts == engine.restarts
+    info = wait_until(lambda: workers.info(NAME))
+    assert info.slots < engine.max_sequences, "fewer run side by side for a while, and it says so"
+
+
+def test_the_worker_itself_never_loads_torch(workers: Workers, engine: EngineProcessInfo) -> None:
+    def libraries(pid: int) -> str:
+        return Path(f"/proc/{pid}/maps").read_text()
+
+    assert engine.pid is not None
+    assert "libtorch" in libraries(engine.pid)
+    assert "libtorch" not in libraries(workers.pid(NAME))
+    assert b"CUDA_VISIBLE_DEVICES=\0" in Path(f"/proc/{engine.pid}/environ").read_bytes()
