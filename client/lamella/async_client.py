@@ -102,6 +102,15 @@ class AsyncClient:
         """Cancel a job; raises JobNotFound."""
         return await self.job(job_id).cancel()
 
+    async def retry(self, job_id: str) -> AsyncJob:
+        """Let a job whose attempts were used up go on as a new job, after its last token; again: the same new job.
+
+        Raises:
+            JobNotFound: there is no record of it.
+            RequestError: it is not such a job.
+        """
+        return self.job(await self._connection.run(operations.retry(self._connection.keys, job_id)))
+
     async def models(self) -> list[ModelInfo]:
         """Return the models that live workers serve now."""
         return await self._connection.run(operations.models(self._connection.keys))
@@ -113,3 +122,7 @@ class AsyncClient:
     async def jobs(self, limit: int = 20) -> list[JobStatus]:
         """Return the newest jobs, newest first."""
         return await self._connection.run(operations.jobs(self._connection.keys, limit))
+
+    async def dead_jobs(self, limit: int = 20) -> list[JobStatus]:
+        """Return the newest jobs whose attempts were used up, newest first; `retry` goes on with one."""
+        return await self._connection.run(operations.dead_jobs(self._connection.keys, limit))

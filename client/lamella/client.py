@@ -101,6 +101,15 @@ class Client:
         """Cancel a job; raises JobNotFound."""
         return self.job(job_id).cancel()
 
+    def retry(self, job_id: str) -> Job:
+        """Let a job whose attempts were used up go on as a new job, after its last token; again: the same new job.
+
+        Raises:
+            JobNotFound: there is no record of it.
+            RequestError: it is not such a job.
+        """
+        return self.job(self._connection.run(operations.retry(self._connection.keys, job_id)))
+
     def models(self) -> list[ModelInfo]:
         """Return the models that live workers serve now."""
         return self._connection.run(operations.models(self._connection.keys))
@@ -112,3 +121,7 @@ class Client:
     def jobs(self, limit: int = 20) -> list[JobStatus]:
         """Return the newest jobs, newest first."""
         return self._connection.run(operations.jobs(self._connection.keys, limit))
+
+    def dead_jobs(self, limit: int = 20) -> list[JobStatus]:
+        """Return the newest jobs whose attempts were used up, newest first; `retry` goes on with one."""
+        return self._connection.run(operations.dead_jobs(self._connection.keys, limit))

@@ -11,9 +11,18 @@ import uuid
 from lamella.celery_message import celery_message
 from lamella.errors import DecodeError, IdempotencyConflict, JobNotFound, NoWorkerError, QueueFull, RequestError
 from lamella.keys import JOBS_LISTED, Keys
-from lamella.messages import GenerateRequest, JobStatus, ModelInfo, WorkerInfo
+from lamella.messages import Failed, GenerateRequest, JobStatus, ModelInfo, WorkerInfo
 from lamella.records import STATUS_FIELDS, decode_status, decode_workers, log
-from lamella.registry_calls import CancelStatus, Idempotency, SubmitStatus, cancel_call, submit_call
+from lamella.registry_calls import (
+    ATTEMPTS_EXHAUSTED,
+    CancelStatus,
+    Idempotency,
+    RetryStatus,
+    SubmitStatus,
+    cancel_call,
+    retry_call,
+    submit_call,
+)
 from lamella.request_draft import RequestDraft
 from lamella.steps import Operation, answers, commands
 
@@ -115,10 +124,48 @@ def cancel(keys: Keys, job_id: str) -> Operation[CancelStatus]:
     return outcome
 
 
-def jobs(keys: Keys, limit: int) -> Operation[list[JobStatus]]:
-    """Return the newest jobs, newest first; those whose record expired or is of another version are left out."""
+def retry(keys: Keys, job_id: str) -> Operation[str]:
+    """Let a dead job go on as a new one, after its last token, and return the new job's id.
+
+    Raises:
+        JobNotFound: there is no record of it.
+        RequestError: it is not dead.
+        QueueFull: the model's queue is at its bound.
+    """
+    found = yield from status(keys, job_id)
+    new_id = uuid.uuid4().hex
+    call = retry_call(keys, job_id, new_id, found.model, celery_message(new_id, found.model))
+    reply = call.decode((yield call))
+    match reply.status:
+        case RetryStatus.RETRIED:
+            return reply.job_id
+        case RetryStatus.MISSING:
+            raise JobNotFound(job_id)
+        case RetryStatus.FULL:
+            raise QueueFull(f"the queue of {found.model!r} is at its bound; nothing was changed. Try again later.")
+        case RetryStatus.NOT_DEAD | RetryStatus.UNKNOWN_SCHEMA:
+            raise RequestError(
+                f"job {job_id} is {found.state.value}, and not because its attempts were used up; only such a job can "
+                "be retried (`lamella jobs dead` lists them). Submit any other one again."
+            )
+
+
+def dead_jobs(keys: Keys, limit: int) -> Operation[list[JobStatus]]:
+    """Return the newest jobs whose attempts were used up, newest first, of those that are listed at all."""
+    _check_limit(limit)
+    listed = yield from jobs(keys, JOBS_LISTED)
+    dead = [job for job in listed if isinstance(job.outcome, Failed) and job.outcome.code == ATTEMPTS_EXHAUSTED]
+    return dead[:limit]
+
+
+def _check_limit(limit: int) -> None:
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= JOBS_LISTED:
         raise RequestError(f"limit is {limit!r}; use a whole number from 1 to {JOBS_LISTED}")
+
+
+def jobs(keys: Keys, limit: int) -> Operation[list[JobStatus]]:
+    """Return the newest jobs, newest first; those whose record expired or is of another version are left out."""
+    _check_limit(limit)
     raw = yield commands(("ZREVRANGE", keys.jobs, 0, limit - 1))
     ids = [str(job_id) for job_id in answers(answers(raw)[0])]
     if not ids:

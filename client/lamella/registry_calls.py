@@ -1,4 +1,4 @@
-"""The job registry's six scripts as values: what to send (script, keys, arguments) and how to read the answer.
+"""The job registry's scripts as values: what to send (script, keys, arguments) and how to read the answer.
 
 Owns the argument order and the replies of ``lua/*.lua``; does no I/O, so that the synchronous client, the asyncio
 client and the worker all speak to the registry through the same functions. Neighbours: `keys` (names and times to
@@ -30,6 +30,8 @@ from lamella.messages import (
     TokenEvent,
 )
 
+ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the code of a dead job's failure
+
 Reply_co = TypeVar("Reply_co", covariant=True)
 
 
@@ -42,6 +44,7 @@ class ScriptName(StrEnum):
     RELEASE = "release"
     NUDGE = "nudge"
     CANCEL = "cancel"
+    RETRY = "retry"
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,23 @@ class CancelStatus(StrEnum):
     MISSING = "missing"
     DONE = "done"
     FAILED = "failed"
+
+
+class RetryStatus(StrEnum):
+    """What became of a retry."""
+
+    RETRIED = "retried"
+    NOT_DEAD = "not_dead"  # it has attempts left, or ended otherwise
+    MISSING = "missing"
+    UNKNOWN_SCHEMA = "unknown_schema"
+    FULL = "full"
+
+
+class RetryReply(NamedTuple):
+    """Answer to a retry; `job_id` is the job that goes on, which an earlier retry may have made."""
+
+    status: RetryStatus
+    job_id: str
 
 
 class Idempotency(NamedTuple):
@@ -268,6 +288,18 @@ def cancel_call(keys: Keys, job_id: str) -> ScriptCall[CancelStatus]:
     )
 
 
+def retry_call(keys: Keys, job_id: str, new_id: str, model: str, message: str) -> ScriptCall[RetryReply]:
+    """Let a dead job go on as the job `new_id`, after its last token; `message` is that one's Celery envelope."""
+    names = (keys.job(job_id), keys.stream(job_id), keys.job(new_id), keys.stream(new_id))
+    bounds = (wire_keys.MAX_QUEUED, wire_keys.JOBS_LISTED)
+    return ScriptCall(
+        ScriptName.RETRY,
+        (*names, keys.active, keys.jobs, keys.queue_list(model)),
+        (new_id, message, SCHEMA_VERSION, *bounds, ATTEMPTS_EXHAUSTED),
+        _decode_retry,
+    )
+
+
 def encode_event(event: TokenEvent | TerminalEvent) -> str:
     """Return the event as the JSON text that is stored and published."""
     return event.model_dump_json(exclude_none=True)
@@ -276,11 +308,11 @@ def encode_event(event: TokenEvent | TerminalEvent) -> str:
 def poison_event(job_id: str, max_attempts: int) -> Failed:
     """Return the event that ends a job whose every attempt was lost."""
     return Failed(
-        code="attempts_exhausted",
+        code=ATTEMPTS_EXHAUSTED,
         message=(
             f"the job was started {max_attempts} times and each time its worker died or gave up before the end, so it "
             f"is not started again. Look for job={job_id} in the workers' logs; if they ran out of memory, submit it "
-            "again with a shorter prompt or a smaller max_tokens."
+            "again with a shorter prompt or a smaller max_tokens. `lamella jobs retry` goes on with it where it was."
         ),
     )
 
@@ -326,6 +358,11 @@ def _decode_nudge(raw: object) -> NudgeStatus:
 
 def _decode_cancel(raw: object) -> CancelStatus:
     return _member(CancelStatus, raw)
+
+
+def _decode_retry(raw: object) -> RetryReply:
+    status, job_id, _ = _items(raw, "retry", 3)
+    return RetryReply(_member(RetryStatus, status), _text(job_id))
 
 
 Member = TypeVar("Member", bound=StrEnum)

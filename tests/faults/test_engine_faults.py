@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.waiting import wait_until
 NAME = "w1"
 HOG = "A hog of memory"
 PROMPTS = ["The river runs", "A small lamp stood on the table", "One, two, three"]
-SAMPLED = {"max_tokens": 200, "temperature": 0.8, "seed": 11}
+SAMPLED = {"max_tokens": 450, "temperature": 0.8, "seed": 11}
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,14 @@ def test_a_crash_of_the_engine_costs_an_attempt_and_nothing_else(
     jobs = [each.submit(client) for each in calm]
     wait_until(lambda: all(job.status().events >= 10 for job in jobs))
 
-    crashed = workers.signal_engine(NAME, signal.SIGSEGV)
+    assert engine.pid is not None
+    os.kill(engine.pid, signal.SIGSEGV)
 
     for job, expected in zip(jobs, calm, strict=True):
         assert_as_if_nothing_was(job, expected, attempts=2)
         assert job.status().worker == NAME
     after = workers.engine(NAME)
-    assert after.pid != crashed
+    assert after.pid != engine.pid
     assert (after.restarts, after.max_sequences) == (engine.restarts + 1, engine.max_sequences)
     assert "killed by SIGSEGV" in (after.trouble or "")
 

@@ -25,7 +25,7 @@ from tests.worker.scripted_engine import scripted_text
 from tests.worker.scripted_fleet import ScriptedFleet
 
 NAME = "w1"
-TOKENS = 250
+TOKENS = 150
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -75,19 +74,8 @@ class Workers:
         """The worker's engine process, whose engine is open."""
         return wait_until(lambda: self._ready_engine(name), START_S)
 
-    def signal_engine(self, name: str, number: signal.Signals) -> int:
-        """Send its engine process a signal; returns the process's id."""
-        pid = self.engine(name).pid
-        assert pid is not None
-        os.kill(pid, number)
-        return pid
-
     def pid(self, name: str) -> int:
         return self._processes[name].pid
-
-    def wait(self, name: str, deadline_s: float) -> int:
-        """Wait for a worker to end, and return its exit code."""
-        return self._processes[name].wait(deadline_s)
 
     def log(self, name: str) -> str:
         return (self._logs / f"{name}.log").read_text(errors="replace")

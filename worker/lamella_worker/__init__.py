@@ -4,10 +4,13 @@ In the order a job flows through them:
 
 - `cli`, `config`, `log_setup`, `device`: from a command line to settings and a pinned device, before torch is loaded.
 - `process`, `open_engine`, `worker_error`: one worker put together and taken apart.
+- `child_engine`, `supervisor`, `sweep_watch`, `restart_rule`, `engine_process`: the engine in a process of its own.
+- `channel`, `engine_messages`: what the two say to each other; `engine_child`, `engine_server`, `failpoints`: its side.
 - `app`, `transport`, `tasks`: Celery's settings, its broker connection, and the one task, which carries a job id.
 - `session`, `gate`, `sequence_request`, `engine_port`: claim, resume point, entry into the engine, way back.
 - `publisher`, `delivery`, `registry`: each sweep's tokens to Redis, under a fence, again until they are there.
 - `running_job`, `job_table`: what all of these know of a job.
 - `lease_keeper`, `lease`, `reconciler`: leases of jobs, leases of deliveries, and jobs that nobody works on.
-- `heartbeat`, `health`, `monitor`, `drain`: signs of life, those who look at them, and the end; `stoppable_thread`.
+- `heartbeat`, `health`, `flower_info`, `monitor`, `drain`: signs of life, those who look at them, and the end;
+  `stoppable_thread`.
 """

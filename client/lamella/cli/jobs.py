@@ -1,4 +1,4 @@
-"""The commands about jobs and workers: submit, stream, status, cancel, jobs, workers."""
+"""The commands about jobs and workers: submit, stream, status, cancel, jobs (and its dead and retry), workers."""
 
 from __future__ import annotations
 
@@ -109,13 +109,24 @@ def cancel(job_id: JobId, redis_url: options.RedisUrl = None, prefix: options.Pr
             typer.echo("cancelled")
 
 
-def jobs(
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=JOBS_LISTED, help="How many to list.")] = 20,
+jobs = typer.Typer(
+    name="jobs", help="List jobs; those that are dead; and let one of these go on.", pretty_exceptions_enable=False
+)
+
+Limit = Annotated[int, typer.Option("--limit", "-n", min=1, max=JOBS_LISTED, help="How many to list.")]
+
+
+@jobs.callback(invoke_without_command=True)
+def list_jobs(
+    context: typer.Context,
+    limit: Limit = 20,
     as_json: options.AsJson = False,
     redis_url: options.RedisUrl = None,
     prefix: options.Prefix = options.DEFAULT,
 ) -> None:
     """List the newest jobs, newest first."""
+    if context.invoked_subcommand is not None:
+        return
     with options.open_client(redis_url, prefix) as client:
         found = client.jobs(limit)
     if as_json:
@@ -123,6 +134,42 @@ def jobs(
         return
     rows = [(job.job_id, job.state.value, job.model, str(job.events), age(job.created_at)) for job in found]
     echo_columns(("JOB", "STATE", "MODEL", "EVENTS", "AGE"), rows)
+
+
+@jobs.command()
+def dead(
+    limit: Limit = 20,
+    as_json: options.AsJson = False,
+    redis_url: options.RedisUrl = None,
+    prefix: options.Prefix = options.DEFAULT,
+) -> None:
+    """List the newest jobs whose attempts were used up; `lamella jobs retry JOB` goes on with one."""
+    with options.open_client(redis_url, prefix) as client:
+        found = client.dead_jobs(limit)
+    if as_json:
+        echo_json(found)
+        return
+    rows = [
+        (job.job_id, job.model, str(job.attempts), str(job.events), job.worker or "-", age(job.created_at))
+        for job in found
+    ]
+    echo_columns(("JOB", "MODEL", "ATTEMPTS", "EVENTS", "LAST WORKER", "AGE"), rows)
+
+
+@jobs.command()
+def retry(
+    job_id: JobId,
+    as_json: options.AsJson = False,
+    redis_url: options.RedisUrl = None,
+    prefix: options.Prefix = options.DEFAULT,
+) -> None:
+    """Let a dead job go on after its last token, as a new job whose id is printed; repeated, the same one."""
+    with options.open_client(redis_url, prefix) as client:
+        job = client.retry(job_id)
+    if as_json:
+        echo_json({"job_id": job.id})
+    else:
+        typer.echo(job.id)
 
 
 def workers(

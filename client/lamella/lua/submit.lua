@@ -9,7 +9,7 @@
 --   fence        rises with each claim; a writer with an older fence is refused
 --   lease_until  the claim is void after this        seq         highest stored event
 --   cancel       1 once requested while running      nudged_at, nudges   reconciler's bookkeeping
---   outcome      terminal event JSON
+--   outcome      terminal event JSON                 retried_as  the job that goes on with this dead one
 --
 -- KEYS job, active, jobs, queue list, idem (any key if unused)
 -- ARGV job_id, version, model, request, message, max_queued, jobs_listed, idem_ttl_s, request_hash ('' = no idempotency)
