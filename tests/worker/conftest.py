@@ -18,6 +18,7 @@ from lamella_worker.lease_keeper import LeaseKeeper
 from lamella_worker.publisher import Publisher
 from lamella_worker.registry import Registry
 from lamella_worker.session import Session
+from tests.worker.driven_engine import opened as opened
 from tests.worker.scripted_engine import ScriptedEngine
 
 MODEL = "tiny"

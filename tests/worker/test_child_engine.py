@@ -2,139 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import sys
-import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
-from lamella_engine.errors import EngineClosed, EngineError, SequenceError
+from lamella_engine.errors import SequenceError
 from lamella_engine.sequence_types import (
     FinishReason,
-    Sampling,
-    SequenceEvent,
-    SequenceFinished,
-    SequenceRequest,
     SequenceTokens,
 )
-from lamella_worker.child_engine import ChildEngine
-from lamella_worker.config import load_config
 from lamella_worker.engine_port import EngineAway
-from lamella_worker.failpoints import VARIABLE
-from lamella_worker.supervisor import EngineSpec
 from lamella_worker.worker_error import WorkerError
 from tests.waiting import wait_until
-from tests.worker.scripted_child import scripted_command
+from tests.worker.driven_engine import Opener, Standing
 from tests.worker.scripted_engine import scripted_text
 
 ENDLESS = 1_000_000
-Opener = Callable[..., "Driven"]
-
-
-class Driven:
-    """A child engine, and a thread that takes its events."""
-
-    def __init__(self, engine: ChildEngine, *, takes: bool = True) -> None:
-        self.engine = engine
-        self.events: list[SequenceEvent] = []
-        self.failure: EngineError | None = None
-        self._thread = threading.Thread(target=self._take)
-        if takes:
-            self._thread.start()
-
-    def submit(self, name: str, prompt: str = "hello", max_tokens: int = 5, generated: Sequence[int] = ()) -> None:
-        self.engine.submit(
-            SequenceRequest(name, Sampling(max_tokens=max_tokens), prompt=prompt, generated_ids=tuple(generated))
-        )
-
-    def text(self, name: str) -> str:
-        return "".join(e.text for e in list(self.events) if isinstance(e, SequenceTokens) and e.sequence_id == name)
-
-    def finished(self, name: str) -> SequenceFinished | None:
-        found = [e for e in list(self.events) if isinstance(e, SequenceFinished) and e.sequence_id == name]
-        assert len(found) <= 1, "a sequence ends once"
-        return found[0] if found else None
-
-    def run(self, name: str, prompt: str = "hello", max_tokens: int = 5) -> str:
-        self.pid()
-        self.submit(name, prompt, max_tokens)
-        wait_until(lambda: self.finished(name))
-        return self.text(name)
-
-    def pid(self) -> int:
-        """The process whose engine is open."""
-        wait_until(lambda: self.engine.wait_ready(1.0))
-        pid = self.engine.state.pid
-        assert pid is not None
-        return pid
-
-    def close(self) -> None:
-        self.engine.close()
-        if self._thread.ident is not None:
-            self._thread.join(40)
-
-    def _take(self) -> None:
-        try:
-            for batch in self.engine.events(poll_s=0.1):
-                self.events.extend(batch.events)
-        except EngineError as error:
-            self.failure = error
-
-
-class Standing:
-    """Whether a figure has stood still for three times the deadline of a hang."""
-
-    def __init__(self, figure: Callable[[], int]) -> None:
-        self._figure = figure
-        self._last, self._since = -1, 0.0
-
-    def value(self) -> int | None:
-        now = self._figure()
-        if now != self._last:
-            self._last, self._since = now, time.monotonic()
-        return now if time.monotonic() - self._since > 1.5 else None
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opener]:
-    """Open a scripted engine in a child process, with failpoints and settings of the table [worker]."""
-    driven: list[Driven] = []
-
-    def make(
-        failpoints: str = "",
-        *,
-        command: Sequence[str] | None = None,
-        slots: int = 8,
-        sweep_s: float = 0.002,
-        takes: bool = True,
-        **settings: object,
-    ) -> Driven:
-        monkeypatch.setenv(VARIABLE, failpoints)
-        flags: dict[str, object] = {"worker.model": "tiny", "engine.max_sequences": slots}
-        config = load_config(None, flags | {f"worker.{key}": value for key, value in settings.items()}, environ={})
-        spec = EngineSpec("tiny", config.engine, "cpu", command or scripted_command(sweep_s))
-        driven.append(Driven(ChildEngine.open(spec, config.worker), takes=takes))
-        return driven[-1]
-
-    yield make
-    for each in driven:
-        each.close()
-    assert not any(is_alive(each.engine.state.pid) for each in driven)
-
-
-def is_alive(pid: int | None) -> bool:
-    if pid is None:
-        return False
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def test_it_serves_as_an_engine_in_this_process_does(opened: Opener) -> None:
@@ -336,87 +222,3 @@ def test_a_program_that_speaks_nonsense_is_not_trusted(opened: Opener) -> None:
 
     with pytest.raises(WorkerError, match="is not started again"):
         opened(command=(sys.executable, "-c", junk), max_restarts=0)
-
-
-def test_closing_ends_the_process_and_is_harmless_when_repeated(opened: Opener) -> None:
-    driven = opened()
-    driven.submit("a", max_tokens=ENDLESS)
-    pid = driven.pid()
-
-    driven.close()
-    driven.close()
-
-    assert not is_alive(pid)
-    assert driven.finished("a") is None
-    for use in (lambda: driven.submit("b"), lambda: driven.engine.cancel("a")):
-        with pytest.raises(EngineClosed):
-            use()
-
-
-def test_closing_does_not_wait_for_a_process_that_hangs(opened: Opener) -> None:
-    driven = opened("sweep=freeze@5", drain_s=2.0)
-    driven.submit("a", max_tokens=ENDLESS)
-    pid = driven.pid()
-    wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
-
-    began = time.monotonic()
-    driven.close()
-
-    assert time.monotonic() - began < 10
-    assert not is_alive(pid)
-
-
-def test_signals_that_stop_a_service_are_left_to_the_worker(opened: Opener) -> None:
-    driven = opened()
-    driven.submit("a", max_tokens=ENDLESS)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        os.kill(driven.pid(), number)
-    length = len(driven.text("a"))
-
-    wait_until(lambda: len(driven.text("a")) > length + 100)
-    assert driven.engine.state.restarts == 0
-
-
-def test_the_process_does_not_learn_the_servers_password(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAMELLA_REDIS_URL", "redis://:secret@somewhere/0")
-
-    driven = opened()
-
-    assert b"secret" not in Path(f"/proc/{driven.pid()}/environ").read_bytes()
-    assert b"secret" not in Path(f"/proc/{driven.pid()}/cmdline").read_bytes()
-
-
-@pytest.mark.parametrize("state", ["serving", "frozen", "opening"])
-def test_the_process_dies_with_the_worker_whatever_it_does(tmp_path: Path, state: str) -> None:
-    program = textwrap.dedent("""
-        import sys, threading
-        from lamella_worker.config import load_config
-        from lamella_worker.child_engine import ChildEngine
-        from lamella_worker.supervisor import EngineSpec
-        from tests.worker.scripted_child import scripted_command
-
-        config = load_config(None, {"worker.model": "tiny"}, environ={})
-        engine = ChildEngine(EngineSpec("tiny", config.engine, "cpu", scripted_command()), config.worker)
-        engine._supervisor.start()
-        while sys.argv[1] != "opening" and not engine.wait_ready(1.0): pass
-        while engine.state.pid is None: pass
-        print(engine.state.pid, flush=True)
-        threading.Event().wait(100)
-    """)
-    failpoints = "open=hang" if state == "opening" else ""
-    with subprocess.Popen(
-        [sys.executable, "-c", program, state],
-        stdout=subprocess.PIPE,
-        env={**os.environ, VARIABLE: failpoints},
-        cwd=Path(__file__).resolve().parent.parent.parent,
-    ) as worker:
-        assert worker.stdout is not None
-        pid = int(worker.stdout.readline())
-        wait_until(lambda: b"scripted_child" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        if state == "frozen":
-            os.kill(pid, signal.SIGSTOP)
-
-        worker.kill()
-
-        wait_until(lambda: not is_alive(pid))
