@@ -29,15 +29,15 @@ TOKENS = 150
 
 
 @pytest.fixture
-def fleet(embedded_server: EmbeddedServer, tmp_path: Path) -> Iterator[ScriptedFleet]:
-    fleet = ScriptedFleet(embedded_server.url, tmp_path)
+def fleet(own_server: EmbeddedServer, tmp_path: Path) -> Iterator[ScriptedFleet]:
+    fleet = ScriptedFleet(own_server.url, tmp_path)
     yield fleet
     fleet.close()
 
 
 @pytest.fixture
-def client(embedded_server: EmbeddedServer) -> Iterator[Client]:
-    with Client(embedded_server.url) as client:
+def client(own_server: EmbeddedServer) -> Iterator[Client]:
+    with Client(own_server.url) as client:
         yield client
 
 
@@ -146,7 +146,7 @@ def test_a_stop_while_the_engine_is_away_gives_jobs_back(client: Client, fleet: 
     assert_all_as_if_nothing_was(jobs, attempts=2)
 
 
-def test_a_drain_costs_no_attempt(client: Client, fleet: ScriptedFleet, embedded_server: EmbeddedServer) -> None:
+def test_a_drain_costs_no_attempt(client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer) -> None:
     start(fleet)
     jobs = submit_and_wait(client)
 
@@ -154,7 +154,7 @@ def test_a_drain_costs_no_attempt(client: Client, fleet: ScriptedFleet, embedded
 
     assert fleet.processes[NAME].wait(40) == 0
     assert [job.status().attempts for job in jobs] == [0] * 4
-    with redis.Redis.from_url(embedded_server.url, protocol=2) as look:
+    with redis.Redis.from_url(own_server.url, protocol=2) as look:
         assert look.llen("lamella:generate.tiny") == 4
     start(fleet)
     assert_all_as_if_nothing_was(jobs, attempts=1)
@@ -188,12 +188,12 @@ def test_an_engine_that_cannot_be_kept_running_ends_its_worker_and_keeps_the_job
 
 
 def test_a_server_that_is_away_stalls_the_engine_which_is_not_taken_for_hung(
-    client: Client, fleet: ScriptedFleet, embedded_server: EmbeddedServer
+    client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer
 ) -> None:
     start(fleet, "", "worker.hang_s=0.5", "worker.hang_sweeps=2.0")
     jobs = submit_and_wait(client)
 
-    with redis.Redis.from_url(embedded_server.url, protocol=2) as admin:
+    with redis.Redis.from_url(own_server.url, protocol=2) as admin:
         admin.config_set("maxmemory", "1mb")
         wait_until(lambda: "Redis does not take events" in fleet.log(NAME))
         stalled = time.monotonic()
@@ -205,10 +205,10 @@ def test_a_server_that_is_away_stalls_the_engine_which_is_not_taken_for_hung(
 
 
 def test_flower_and_the_health_check_show_the_engine_process(
-    client: Client, fleet: ScriptedFleet, embedded_server: EmbeddedServer
+    client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer
 ) -> None:
     start(fleet)
-    url = embedded_server.url
+    url = own_server.url
     signal_engine(client, signal.SIGSEGV)
     wait_until(lambda: engine(client).restarts == 1)
 
