@@ -27,7 +27,12 @@ from lamella_engine.alibi import slopes_of
 from lamella_engine.errors import CheckpointError, UnsupportedModel
 from lamella_engine.family_path import FamilyPath, check_decoder, check_layers, choose_path, reads_in_parts
 from lamella_engine.importers.registry import find_import
+from lamella_engine.narrow_copy import Tree
+from lamella_engine.parts_probe import parts_agree
 from lamella_engine.state_size import StateSize, rehearse
+
+_MAX_PROBED = 16
+_PROBED: dict[str, bool] = {}  # configs whose narrow copy has read in parts, with the outcome
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,24 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
         UnsupportedModel: not a causal language model, or one whose layers cannot be streamed.
     """
     check_decoder(config)
+    model, layers_path, layers = _text_tree(config, dtype)
+    check_layers(model, layers_path, layers)
+    path = choose_path(model, layers)
+    built = Architecture(model, model.config.get_text_config(), layers_path, layers, path)
+    slopes = slopes_of(built.config)
+    if path is FamilyPath.PACKED:
+        return built
+    if slopes is not None:
+        raise UnsupportedModel(
+            f"{built.family!r} models compute their attention themselves, so that this one's linear position biases "
+            "cannot be added; use another checkpoint of the model"
+        )
+    size = rehearse(model, layers)
+    return replace(built, state_size=size, reads_in_parts=reads_in_parts(model) or _parts_agree(model, layers))
+
+
+def _text_tree(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, str, nn.ModuleList]:
+    """What writes text of the model of `config`, and where its layers are."""
     try:
         with torch.device("meta"):
             model = _module_tree(config, dtype)
@@ -102,18 +125,22 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
     _keep_in_float32(model, dtype)
     layers_path, layers = _find_layers(model)
     _keep_text(model, layers_path)
-    check_layers(model, layers_path, layers)
-    path = choose_path(model, layers)
-    built = Architecture(model, model.config.get_text_config(), layers_path, layers, path)
-    slopes = slopes_of(built.config)
-    if path is FamilyPath.PACKED:
-        return built
-    if slopes is not None:
-        raise UnsupportedModel(
-            f"{built.family!r} models compute their attention themselves, so that this one's linear position biases "
-            "cannot be added; use another checkpoint of the model"
-        )
-    return replace(built, state_size=rehearse(model, layers), reads_in_parts=reads_in_parts(model))
+    return model, layers_path, layers
+
+
+def _parts_agree(model: PreTrainedModel, layers: nn.ModuleList) -> bool:
+    """As `parts_probe.parts_agree`; asked once in a process for each config."""
+    key = str(model.config.to_json_string(use_diff=False))
+    if key not in _PROBED:
+        while len(_PROBED) >= _MAX_PROBED:
+            _PROBED.pop(next(iter(_PROBED)))
+
+        def build_tree(config: PretrainedConfig) -> Tree:
+            tree, _, own = _text_tree(config, torch.float32)
+            return tree, own
+
+        _PROBED[key] = parts_agree(model, layers, build_tree)
+    return _PROBED[key]
 
 
 def _module_tree(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

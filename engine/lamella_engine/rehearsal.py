@@ -37,7 +37,7 @@ class Rehearsal:
         self._carries = carries
         self._results: dict[object, Any] = {}
         self._is_first = True
-        self.kinds = _kinds(model, self._layers)
+        self.kinds = kinds_of(model, self._layers)
         self.order: list[int] = []
         self.is_whole = True
         self.rewrites_weights = False
@@ -116,7 +116,8 @@ class Rehearsal:
         return run
 
 
-def _kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[object]:
+def kinds_of(model: PreTrainedModel, layers: list[nn.Module]) -> list[object]:
+    """For each layer, what tells it apart from those that keep or compute something else."""
     config = model.config.get_text_config(decoder=True)
     types = list(getattr(config, "layer_types", None) or ())
     sharing = list(getattr(config, "kv_sharing_modes", None) or ())
