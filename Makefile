@@ -15,6 +15,7 @@ BIN = $(VENV)/bin
 PROMPT ?= What is the capital of France?
 PYTEST_ARGS ?=
 PYTEST_PROCESSES ?= 2
+VERSIONS_ARGS ?= --directory dist/versions
 BENCH_ARGS ?= --device cpu --layers 8 --hidden 1024 --ffn 2816 --vocab 8192 --heads 16 --kv-heads 4 --dtype float32
 # Taken as written: a `$` in the question is no variable.
 export LAMELLA_DEMO_PROMPT := $(value PROMPT)
@@ -25,7 +26,7 @@ RUN_STAMP = $(VENV)/.lamella-run-$(CHECKOUT)
 DEV_STAMP = $(VENV)/.lamella-dev-$(CHECKOUT)
 BENCH_STAMP = $(VENV)/.lamella-bench-$(CHECKOUT)
 
-.PHONY: help demo test lint types pytest wheel bench families clean
+.PHONY: help demo test lint types pytest wheel bench families versions clean
 
 help:  ## list the commands
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -69,6 +70,9 @@ bench: $(BENCH_STAMP)  ## Lamella beside AirLLM and accelerate on this machine; 
 
 families: $(DEV_STAMP)  ## run a tiny model of every family and write docs/families.md
 	@$(BIN)/python -m tools.support_table
+
+versions: $(DEV_STAMP)  ## the engine's tests on the oldest and the newest transformers and torch; VERSIONS_ARGS="--torch 2.13.0"
+	@$(BIN)/python -m tools.versions $(VERSIONS_ARGS)
 
 clean:  ## remove what was built or fetched here: the environment, caches, demo data, fetched models
 	rm -rf $(VENV) dist .demo .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -41,7 +41,8 @@ a tiny random model of each: three prompts, alone and in one batch, against tran
   forward, side by side, layer by layer ([005](decisions/005-stepwise-families.md)).
 * *experts*: *visited* means that with few tokens a sweep moves only those ([006](decisions/006-expert-streaming.md));
   *whole* that a layer which streams comes with all of them.
-* *prompts*: *in parts*: a long one rides along with others' tokens; *at once*: it is read in one sweep.
+* *prompts*: *in parts*: a long one rides along with others' tokens; *at once*: it is read in one step, and one that is
+  longer than a sweep has a sweep to itself, if the memory set aside allows.
 
 Families that existed as code only are on a [page of their own](importing.md). Any other family of transformers is
 tried in the same way when its checkpoint is opened, and refused before a shard is written if it cannot run.

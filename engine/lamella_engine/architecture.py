@@ -6,6 +6,7 @@ Neighbours: `checkpoint` before it (config files), `family_path` and `state_size
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from lamella_engine.narrow_copy import Tree
 from lamella_engine.parts_probe import parts_agree
 from lamella_engine.state_size import StateSize, rehearse
 
+_ORIGINS = {"_name_or_path", "transformers_version", "architectures", "dtype"}
 _MAX_PROBED = 16
 _PROBED: dict[str, bool] = {}  # configs whose narrow copy has read in parts, with the outcome
 
@@ -130,7 +132,7 @@ def _text_tree(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrained
 
 def _parts_agree(model: PreTrainedModel, layers: nn.ModuleList) -> bool:
     """As `parts_probe.parts_agree`; asked once in a process for each config."""
-    key = str(model.config.to_json_string(use_diff=False))
+    key = json.dumps(_of_behaviour(model.config.to_dict()), sort_keys=True, default=str)
     if key not in _PROBED:
         while len(_PROBED) >= _MAX_PROBED:
             _PROBED.pop(next(iter(_PROBED)))
@@ -141,6 +143,13 @@ def _parts_agree(model: PreTrainedModel, layers: nn.ModuleList) -> bool:
 
         _PROBED[key] = parts_agree(model, layers, build_tree)
     return _PROBED[key]
+
+
+def _of_behaviour(values: object) -> object:
+    """Config values without those that say where a model comes from or in which type it is stored."""
+    if not isinstance(values, dict):
+        return values
+    return {name: _of_behaviour(value) for name, value in values.items() if name not in _ORIGINS}
 
 
 def _module_tree(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -70,9 +70,9 @@ class Engine:
         self._context_length = context_tokens(model.config)
         self.end_token_ids = end_token_ids(model.sharded.directory, model.config, codec)
         self._cache = model.open_pool()
-        self._scheduler = Scheduler(
-            self._cache, options.max_sequences, model.plan.sweep_tokens, reads_whole=model.reads_whole
-        )
+        whole = self._cache if model.reads_whole and isinstance(self._cache, StatePool) else None
+        beside = None if whole is None else whole.pages_beside
+        self._scheduler = Scheduler(self._cache, options.max_sequences, model.plan.sweep_tokens, beside)
         self._step_tokens = model.plan.sweep_tokens - options.max_sequences + 1  # beside a token for everyone else
         self._max_sequences = options.max_sequences
         self._batch = BatchLimit(options.max_sequences)
@@ -256,13 +256,23 @@ class Engine:
         return first
 
     def _check_step(self, prompt_tokens: int) -> None:
-        if prompt_tokens > self._step_tokens:
-            raise SequenceError(
-                "prompt_too_long",
-                f"the prompt has {prompt_tokens} tokens; {self._model.sharded.name} is of a family "
-                f"({self._model.family}) that must read a prompt in one step, and a step of this engine carries "
-                f"{self._step_tokens} at most. Shorten the prompt, or raise the engine option sweep_tokens.",
-            )
+        """Refuse a prompt that must be read in one step and cannot: neither beside others' tokens nor alone."""
+        pool = self._cache
+        if prompt_tokens <= self._step_tokens:
+            return
+        remedy, longest = f"sweep_tokens to {prompt_tokens + self._max_sequences - 1}", self._step_tokens
+        if isinstance(pool, StatePool) and self._model.keeps_state:
+            needed = pool.capacity_for(prompt_tokens)
+            if needed <= self._model.plan.kv_tokens:
+                return
+            longest = max(longest, pool.longest_step(self._context_length))
+            remedy = f"kv_tokens to {needed}, or {remedy}"
+        raise SequenceError(
+            "prompt_too_long",
+            f"the prompt has {prompt_tokens} tokens; {self._model.sharded.name} is of a family "
+            f"({self._model.family}) that must read a prompt in one step, and the memory set aside is enough for "
+            f"{longest} at most. Shorten the prompt, or raise an engine option: {remedy}.",
+        )
 
     def _make_detokenizer(self, request: SequenceRequest) -> Detokenizer | None:
         return Detokenizer(self.codec.decode, request.sampling.stop) if self.codec else None

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
 
 from lamella_engine.attention import IMPLEMENTATION, rehearsed_attention
 from lamella_engine.errors import UnsupportedModel
@@ -26,7 +25,7 @@ from lamella_engine.sequence_state import UNCARRIED_NAMES
 
 _PACKABLE_KINDS = {"full_attention", "sliding_attention"}
 _REHEARSED_TOKENS = 8
-_PLAIN_CACHE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+_PLAIN_CACHE_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # of which a version may lack some
 _MASK_MAKER = "create_causal_mask"
 _INSTEAD = (
     "use a decoder-only family, such as llama, qwen3, mistral, gemma3 or gpt_oss, "
@@ -101,7 +100,8 @@ def reads_in_parts(model: PreTrainedModel) -> bool:
     if not model._supports_default_dynamic_cache():
         return False
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if {type(layer) for layer in cache.layers} - _PLAIN_CACHE_LAYERS:
+    plain = {getattr(cache_utils, name, None) for name in _PLAIN_CACHE_LAYERS}
+    if {type(layer) for layer in cache.layers} - plain:
         return False
     return any(hasattr(sys.modules[type(part).__module__], _MASK_MAKER) for part in (model, model.base_model))
 

@@ -78,6 +78,7 @@ def _sizes(
         itemsize=dtype.itemsize,
         context_length=context_tokens(text),
         activation_bytes=0 if tree.state_size is None else tree.state_size.activation_bytes,
+        pair_bytes=0 if tree.state_size is None else tree.state_size.pair_bytes,
         score_heads=0 if tree.state_size is None else tree.state_size.score_heads,
         bias_heads=len(slopes_of(text) or ()),
         reads_whole=not tree.reads_in_parts,

@@ -71,6 +71,7 @@ class ModelSizes:
     itemsize: int
     context_length: int
     activation_bytes: int = 0
+    pair_bytes: int = 0
     score_heads: int = 0
     bias_heads: int = 0
     reads_whole: bool = False

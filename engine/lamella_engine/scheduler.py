@@ -9,6 +9,7 @@ oldest one day. Pages belong to `kv_cache`, tokens and events to `sequence`; `en
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lamella_engine.kv_cache import PageCopy
@@ -56,7 +57,9 @@ class Pool(Protocol[Place]):
 class Scheduler:
     """The sequences of one engine; used by the sweep thread only.
 
-    With `reads_whole` a sequence reads its prompt in one step, and every later token is a step of its own.
+    With `pages_beside` a sequence reads its prompt in one step, and every later token is a step of its own. A prompt
+    that is longer than a sweep is read in one that it has to itself, once the pages are free that `pages_beside` counts
+    for its tokens; until then nobody joins.
 
     Attributes:
         running: those that hold pages and ride every sweep, oldest first.
@@ -65,12 +68,19 @@ class Scheduler:
         max_sequences: those that run side by side at most; those that do already go on where it falls.
     """
 
-    def __init__(self, cache: Pool[Any], max_sequences: int, sweep_tokens: int, *, reads_whole: bool = False) -> None:
+    def __init__(
+        self,
+        cache: Pool[Any],
+        max_sequences: int,
+        sweep_tokens: int,
+        pages_beside: Callable[[int], int] | None = None,
+    ) -> None:
         assert max_sequences <= sweep_tokens, "everyone who runs gets a token in every sweep"
         self._cache = cache
         self.max_sequences = max_sequences
         self._sweep_tokens = sweep_tokens
-        self._reads_whole = reads_whole
+        self._step_tokens = sweep_tokens - max_sequences + 1  # of a prompt beside a token for everyone else
+        self._pages_beside = pages_beside
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -79,14 +89,15 @@ class Scheduler:
         """Move waiting sequences, oldest first, to the running ones while there is room."""
         while self.waiting and self._has_room(self.waiting[0]):
             sequence = self.waiting.popleft()
-            sequence.table = self._cache.open_table(sequence.length)
+            sequence.table = self._cache.open_table(self._next_length(sequence))
             assert sequence.table is not None, "the engine refuses what does not fit an empty cache"
             self.running.append(sequence)
 
     def rides(self) -> list[Ride]:
         """Everyone's span for the next sweep, within the token budget and with pages to write to."""
         self._grow()
-        counts = self._whole_counts() if self._reads_whole else self._counts()
+        counts = self._counts() if self._pages_beside is None else self._whole_counts(self._pages_beside)
+        assert any(counts) or not self.running, "the engine refuses what does not fit an empty cache"
         return [
             Ride(sequence, sequence.span(count), count == sequence.pending)
             for sequence, count in zip(self.running, counts, strict=True)
@@ -154,6 +165,8 @@ class Scheduler:
         """
         if not self.running:
             return True
+        if any(self._reads_alone(other) for other in self.running):
+            return False
         places = sum(other.places for other in self.running)
         if places + sequence.places > self.max_sequences:
             return False
@@ -167,7 +180,7 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             assert sequence.table is not None, "who runs has a table"
-            grown = self._cache.grow(sequence.table, sequence.computed, sequence.length)
+            grown = self._cache.grow(sequence.table, sequence.computed, self._next_length(sequence))
             if grown is None:
                 self.preempt(self._youngest())  # perhaps this one itself, never one that was served before it
             else:
@@ -179,11 +192,25 @@ class Scheduler:
         assert len(self.running) > 1, "the engine refuses what does not fit an empty cache"
         return self.running[-1]
 
-    def _whole_counts(self) -> list[int]:
+    def _next_length(self, sequence: Sequence) -> int:
+        """Tokens it may have computed after the next sweep."""
+        if self._pages_beside is None:
+            return sequence.length
+        return sequence.computed + 1 if sequence.computed else sequence.first_step
+
+    def _reads_alone(self, sequence: Sequence) -> bool:
+        """True while its prompt, which must be read in one step, is yet to be and takes more than its part of one."""
+        is_long = sequence.first_step > self._step_tokens
+        return self._pages_beside is not None and sequence.computed == 0 and is_long
+
+    def _whole_counts(self, pages_beside: Callable[[int], int]) -> list[int]:
         """As `_counts`, where prompts cannot be cut: who waits to read its own has none, and none overtakes it.
 
-        The engine refuses prompts that do not fit beside one token for everyone else.
+        The engine refuses prompts that an empty pool cannot read alone.
         """
+        first = next((sequence for sequence in self.running if sequence.computed == 0), None)
+        if first is not None and self._reads_alone(first) and pages_beside(first.first_step) <= self._cache.free_pages:
+            return [first.first_step if sequence is first else 0 for sequence in self.running]
         counts = [int(sequence.computed > 0) for sequence in self.running]
         left = self._sweep_tokens - sum(counts)
         for index, sequence in enumerate(self.running):

@@ -7,6 +7,8 @@ sequence runs only while it holds pages for as much as those may take. Samples o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lamella_engine.kv_cache import PAGE_TOKENS, PageCopy
 from lamella_engine.sequence_state import SequenceState
 from lamella_engine.state_size import StateSize
@@ -38,11 +40,23 @@ class StateTable:
         return StepSpan(token_ids, start, self.state)
 
 
-class StatePool:
-    """Pages for `capacity_tokens` tokens of `token_bytes` bytes; not thread-safe, owned by the sweep thread."""
+def _nothing_more(tokens: int) -> int:
+    """Any step is within the workspace."""
+    return 0
 
-    def __init__(self, capacity_tokens: int, size: StateSize, token_bytes: int) -> None:
+
+class StatePool:
+    """Pages for `capacity_tokens` tokens of `token_bytes` bytes; not thread-safe, owned by the sweep thread.
+
+    A step that is alone in its sweep may be larger than a sweep is planned to be: what it computes with beyond the
+    workspace, `step_bytes` bytes for so many tokens, fits where pages are free, as free pages have no memory.
+    """
+
+    def __init__(
+        self, capacity_tokens: int, size: StateSize, token_bytes: int, step_bytes: Callable[[int], int] = _nothing_more
+    ) -> None:
         self._size = size
+        self._step_bytes = step_bytes
         self._page_bytes = PAGE_TOKENS * token_bytes
         self._num_pages = capacity_tokens // PAGE_TOKENS
         self._free_pages = self._num_pages
@@ -74,6 +88,23 @@ class StatePool:
     def pages_for(self, tokens: int) -> int:
         """Pages that stand for a sequence of `tokens` tokens."""
         return -(-(self._size.sequence_bytes + tokens * self._size.token_bytes) // self._page_bytes)
+
+    def pages_beside(self, tokens: int) -> int:
+        """Pages that must be free beside its own for a step of `tokens` tokens, alone in its sweep."""
+        return -(-self._step_bytes(tokens) // self._page_bytes)
+
+    def capacity_for(self, tokens: int) -> int:
+        """Tokens of capacity with which a prompt of `tokens` tokens could be read in one step, alone in its sweep."""
+        return (self.pages_for(tokens + 1) + self.pages_beside(tokens)) * PAGE_TOKENS
+
+    def longest_step(self, limit: int) -> int:
+        """Tokens, up to `limit`, of the longest prompt that can be read in one step, alone in its sweep."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.capacity_for(middle) <= self._num_pages * PAGE_TOKENS
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
     def open_table(self, tokens: int) -> StateTable | None:
         """An empty state with pages for `tokens` tokens; None, and nothing taken, if the pool is short."""

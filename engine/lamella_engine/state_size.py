@@ -7,6 +7,7 @@ size of its state and of what it computes with is read off. Called by `architect
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -24,6 +26,7 @@ from lamella_engine.rehearsal import Rehearsal
 from lamella_engine.sequence_state import SequenceState, StateForward
 
 REHEARSED_TOKENS = 64  # many families compute in blocks of so many tokens, and pad the last one
+_MANY_TOKENS = 512  # where what grows with the square of a step's tokens stands out
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class StateSize:
         sequence_bytes: whatever its length, such as a recurrent state or a window.
         token_bytes: for each of its tokens.
         activation_bytes: what a step computes with, for each of its tokens.
+        pair_bytes: what a step computes with for each of its tokens and each token that one looks at, beside attention.
         score_heads: query heads whose scores against all earlier tokens are written out; 0 where a kernel keeps them.
         in_modules: for each layer, the attributes of its modules that hold a part of the state, by dotted path.
     """
@@ -41,6 +45,7 @@ class StateSize:
     sequence_bytes: int
     token_bytes: int
     activation_bytes: int
+    pair_bytes: int = 0
     score_heads: int = 0
     in_modules: tuple[tuple[str, ...], ...] = ()
 
@@ -59,16 +64,26 @@ def rehearse(model: PreTrainedModel, layers: nn.ModuleList) -> StateSize:
             f"family {model.config.model_type!r} changes the weights of its layers as it runs, and streamed weights "
             "would not keep that; use another family, such as llama, qwen3, mistral, gemma3 or gpt_oss"
         )
-    activations = -(-shorter.peak_bytes // REHEARSED_TOKENS)
     in_modules = tuple(shorter.rehearsal.changed.get(kind, ()) for kind in shorter.rehearsal.kinds)
     is_written_out = model.config._attn_implementation == "eager"
     heads = (whole(config, "num_attention_heads") or 0) if is_written_out else 0
+    pairs = 0 if is_written_out else _pair_bytes(model, layers, shorter, longer)
+    activations = max(-(-step.peak_bytes // step.tokens) - pairs * step.tokens for step in (shorter, longer))
+    growth = max(0, longer.state_bytes - shorter.state_bytes)
+    fixed, token_bytes = max(0, longer.state_bytes - 2 * growth), -(-growth // REHEARSED_TOKENS)
     if not (shorter.rehearsal.is_whole and longer.rehearsal.is_whole):
         # What could not be rehearsed may have kept something: count as if every layer were attention.
-        return StateSize(longer.state_bytes, kv_bytes_per_token(config, model.dtype), activations, heads, in_modules)
-    growth = max(0, longer.state_bytes - shorter.state_bytes)
-    fixed = max(0, longer.state_bytes - 2 * growth)
-    return StateSize(fixed, -(-growth // REHEARSED_TOKENS), activations, heads, in_modules)
+        fixed, token_bytes = longer.state_bytes, kv_bytes_per_token(config, model.dtype)
+    return StateSize(fixed, token_bytes, activations, pairs, heads, in_modules)
+
+
+def _pair_bytes(model: PreTrainedModel, layers: nn.ModuleList, shorter: _Measured, longer: _Measured) -> int:
+    """What grows with the square of a step's tokens; a third rehearsal tells, where two hint at it."""
+    before = longer.peak_bytes / longer.tokens
+    if before <= shorter.peak_bytes / shorter.tokens:
+        return 0
+    many = _Measured(model, layers, _MANY_TOKENS)
+    return max(0, math.ceil((many.peak_bytes / many.tokens - before) / (many.tokens - longer.tokens)))
 
 
 def _check_order(model: PreTrainedModel, order: list[int], num_layers: int) -> None:
@@ -85,6 +100,7 @@ class _Measured:
     """A step of `tokens` tokens and one of a single token, on a fresh state.
 
     Attributes:
+        tokens: of the first step.
         rehearsal: how it went.
         state_bytes: of the state after both steps.
         peak_bytes: most that was alive at once in the first step, beside weights.
@@ -94,6 +110,7 @@ class _Measured:
         forward = StateForward(model, torch.device("meta"))
         state = SequenceState()
         kept: dict[object, int] = {}
+        self.tokens = tokens
         self.peak_bytes = 0
 
         def watch(kind: object, run: Callable[[], Any]) -> Any:
@@ -103,7 +120,7 @@ class _Measured:
             return result
 
         def first() -> None:
-            with _LiveBytes(model) as live:
+            with _NoScores(), _LiveBytes(model) as live:
                 try:
                     forward(state, [0] * tokens)
                 finally:
@@ -114,6 +131,18 @@ class _Measured:
         self.rehearsal.run([first, lambda: forward(state, [0])], watch, skips=forward.makes_cache)
         in_layers = sum(kept.get(kind, 0) for kind in self.rehearsal.kinds)
         self.state_bytes = in_layers if forward.makes_cache else state.nbytes
+
+
+class _NoScores(TorchFunctionMode):
+    """Leaves attention's scores out, which kernels keep to themselves where there is memory to compute in."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention and len(args) >= 3:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it without types

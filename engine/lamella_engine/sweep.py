@@ -27,6 +27,7 @@ from lamella_engine.graph_recorder import Recorder
 from lamella_engine.kv_cache import KVCache
 from lamella_engine.kv_shape import context_tokens
 from lamella_engine.layer_graphs import DecodeBucket, LayerGraphs, RecordError
+from lamella_engine.model_sizes import sizes_of_sharded
 from lamella_engine.packing import Pack, PackedSweep, Span
 from lamella_engine.placement import Plan, Tier
 from lamella_engine.sequence_state import StateForward
@@ -35,7 +36,7 @@ from lamella_engine.state_pool import StatePool, unit_bytes
 from lamella_engine.stepwise import SideBySide, StepPack, StepSpan
 from lamella_engine.timeline import Timeline
 from lamella_engine.weight_stream import BoundSlot, WeightStream
-from lamella_engine.workspace import gather_tokens
+from lamella_engine.workspace import bytes_beside, gather_tokens
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class SweepModel:
         self._layers_run = 0
         self._is_interrupted = False  # a sweep failed half-way, the stream is not at the first layer
         self.path = built.path
+        self._sizes = None if built.state_size is None else sizes_of_sharded(sharded, built)
         self._state_size = built.state_size
         self._context_tokens = context_tokens(built.config)
         self.reads_whole = built.path is FamilyPath.STEPWISE and not built.reads_in_parts
@@ -124,7 +126,10 @@ class SweepModel:
         """What its sequences are to run in; the caller closes it."""
         if self._state_size is None:
             return KVCache(self.plan.kv_tokens, self.device)
-        return StatePool(self.plan.kv_tokens, self._state_size, unit_bytes(self._state_size, self._context_tokens))
+        assert self._sizes is not None, "what has states has their sizes"
+        unit = unit_bytes(self._state_size, self._context_tokens)
+        beside = partial(bytes_beside, self._sizes, self.plan.sweep_tokens, self.plan.kv_tokens)
+        return StatePool(self.plan.kv_tokens, self._state_size, unit, beside)
 
     def pack(self, spans: Sequence[Span | StepSpan]) -> Pack | StepPack:
         """Pack the spans of the next sweep, which `run` then takes; always with the same cache, as graphs know it."""

@@ -68,6 +68,12 @@ def sweep_bytes(sizes: ModelSizes, sweep_tokens: int, max_sequences: int, kv_tok
     )
 
 
+def bytes_beside(sizes: ModelSizes, sweep_tokens: int, kv_tokens: int, step_tokens: int) -> int:
+    """What a step of `step_tokens` tokens, alone in its sweep, takes beyond what a sweep of `sweep_tokens` may take."""
+    planned = sweep_bytes(sizes, sweep_tokens, 1, kv_tokens)
+    return max(0, sweep_bytes(sizes, step_tokens, 1, step_tokens) - planned)
+
+
 def gather_bytes(sizes: ModelSizes, max_sequences: int, kv_tokens: int) -> int:
     """Keys and values of one layer brought together for decoding, twice: attention may copy them; and position biases.
 
@@ -139,5 +145,6 @@ def _scratch_bytes(sizes: ModelSizes, sweep_tokens: int, kv_tokens: int) -> int:
     heads = -(-sizes.attention_width // _NARROWEST_HEAD)
     scores = 2 * (heads + sizes.bias_heads) * sweep_tokens * longest * FLOAT32_BYTES
     if sizes.score_heads:
+        # Also what `pair_bytes` would count.
         return repeated + _SCORE_COPIES * sizes.score_heads * sweep_tokens * longest * FLOAT32_BYTES
-    return min(ATTENTION_SCRATCH_BYTES, repeated + scores)
+    return min(ATTENTION_SCRATCH_BYTES, repeated + scores) + sizes.pair_bytes * sweep_tokens * longest

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lamella_engine import Engine, EngineOptions, Sampling, SequenceRequest, ShardStore, architecture
-from lamella_engine.errors import SequenceError
 from lamella_engine.placement import Tier
 from lamella_engine.sequence_state import SequenceState, StateForward
 from lamella_engine.state_pool import StatePool, unit_bytes
@@ -139,24 +138,6 @@ def test_cancel_frees_the_state_and_leaves_the_others_alone(engine: Engine) -> N
 
     assert outcomes["short"].token_ids == expected
     wait_until(lambda: pages_in_use(engine) == 0, 40)
-
-
-def test_a_prompt_that_no_step_can_carry_is_refused(options: EngineOptions) -> None:
-    with Engine.open("qwen3_5_text", dataclasses.replace(options, sweep_tokens=16)) as engine:
-        with pytest.raises(SequenceError, match=r"one step.*12 at most.*sweep_tokens") as refusal:
-            submit_ids(engine, "long", list(range(5, 18)), GREEDY)
-        fits = generate(engine, list(range(5, 17)), GREEDY)
-
-    assert refusal.value.code == "prompt_too_long"
-    assert len(fits.token_ids) == GREEDY.max_tokens
-
-
-def test_prompts_that_must_stay_whole_wait_for_each_other(options: EngineOptions) -> None:
-    with Engine.open("qwen3_5_text", options) as roomy:
-        expected = run_together(roomy, GREEDY)
-
-    with Engine.open("qwen3_5_text", dataclasses.replace(options, sweep_tokens=34)) as narrow:
-        assert run_together(narrow, GREEDY) == expected
 
 
 def test_a_failed_sweep_ends_its_sequences_and_the_next_one_works(
