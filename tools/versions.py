@@ -212,7 +212,7 @@ def fingerprint(root: Path, tests: list[str]) -> str:
     digest = hashlib.blake2b("\0".join(tests).encode(), digest_size=16)
     for source in _SOURCES:
         top = root / source
-        for path in sorted(top.rglob("*.py")) if top.is_dir() else [top]:
+        for path in [top] if top.is_file() else sorted(top.rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
 

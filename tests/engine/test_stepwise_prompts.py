@@ -98,9 +98,11 @@ def test_a_refused_prompt_is_read_with_the_cache_that_the_refusal_asks_for(optio
 
 
 def test_a_refused_prompt_is_read_in_a_sweep_as_large_as_the_refusal_asks_for(options: EngineOptions) -> None:
-    with Engine.open("mamba", dataclasses.replace(options, kv_tokens=512)) as engine:
-        with pytest.raises(SequenceError, match=rf"sweep_tokens to {len(LONG) + 4}\."):
-            submit_ids(engine, "long", LONG, GREEDY)
+    with (
+        Engine.open("mamba", dataclasses.replace(options, kv_tokens=512)) as engine,
+        pytest.raises(SequenceError, match=rf"sweep_tokens to {len(LONG) + 4}\."),
+    ):
+        submit_ids(engine, "long", LONG, GREEDY)
 
     with Engine.open("mamba", dataclasses.replace(options, kv_tokens=512, sweep_tokens=len(LONG) + 4)) as engine:
         assert len(generate(engine, LONG, GREEDY).token_ids) == GREEDY.max_tokens
@@ -152,8 +154,10 @@ def test_prompts_that_must_stay_whole_wait_for_each_other(options: EngineOptions
 
 
 def test_a_family_that_keeps_nothing_is_told_to_raise_the_sweep_only(options: EngineOptions) -> None:
-    with Engine.open("openai-gpt", options) as engine:
-        with pytest.raises(SequenceError, match=r"12 at most.*option: sweep_tokens to 24\.") as refusal:
-            submit_ids(engine, "long", LONG[:20], GREEDY)
+    with (
+        Engine.open("openai-gpt", options) as engine,
+        pytest.raises(SequenceError, match=r"12 at most.*option: sweep_tokens to 24\.") as refusal,
+    ):
+        submit_ids(engine, "long", LONG[:20], GREEDY)
 
     assert refusal.value.code == "prompt_too_long"
