@@ -36,6 +36,7 @@ VARIED = ("transformers", "torch")
 DEFAULT_TESTS = ["tests/engine"]
 INSTALL_TIMEOUT_S = 1800.0
 TEST_TIMEOUT_S = 3600.0
+INTERRUPTED = 130
 _KILL_S = 20.0
 _SOURCES = ("client", "engine", "worker", "tests", "pyproject.toml")
 _TELL_VERSIONS = "import importlib.metadata as m; print(*(m.version(n) for n in ('transformers', 'torch')))"
@@ -321,4 +322,8 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     # An interruption ends what runs (see `run_command`), not only this process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted; pairs that were run keep their results in the directory given", file=sys.stderr)
+        sys.exit(INTERRUPTED)
