@@ -7,7 +7,7 @@ In the order data flows through them:
   expands to.
 - `unpickle`, `pickled_checkpoint`: pickled weights, on demand, made into such a checkpoint.
 - `architecture`, `family_path`, `rehearsal`, `state_size`: the module tree without weights, whether and how it can run
-  here, and what its sequences keep.
+  here, and what its sequences keep; `narrow_copy`, `parts_probe`: whether its prompts may be read in parts.
 - `importers`: families that exist as code of their own only, brought onto transformers' classes; `alibi`: linear
   position biases for those that need them.
 - `quant_spec`, `formats`: which weights are stored in fewer bytes, and how.
@@ -22,7 +22,8 @@ In the order data flows through them:
   `binding`: what does not stay, from disk or RAM to the parameters that compute, in every sweep; of experts those that
   are visited, and those visited most are kept.
 - `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
-  layers for all sequences together; `sequence_state`, `state_pool`, `stepwise`: the same for families that keep states.
+  layers for all sequences together; `sequence_state`, `state_pool`, `prompt_step`, `stepwise`: the
+  same for families that keep states.
 - `sampler`, `text`, `detokenizer`: from logits to tokens to text.
 - `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options` are what
   callers see.

@@ -26,6 +26,7 @@ from lamella_engine.open_model import open_sweep_model
 from lamella_engine.options import EngineOptions
 from lamella_engine.out_of_memory import free_what_is_cached, is_out_of_memory
 from lamella_engine.placement import Plan
+from lamella_engine.prompt_step import check_step, step_tokens
 from lamella_engine.sampler import sample
 from lamella_engine.scheduler import Ride, Scheduler
 from lamella_engine.sequence import Sequence, check_samples
@@ -73,7 +74,7 @@ class Engine:
         whole = self._cache if model.reads_whole and isinstance(self._cache, StatePool) else None
         beside = None if whole is None else whole.pages_beside
         self._scheduler = Scheduler(self._cache, options.max_sequences, model.plan.sweep_tokens, beside)
-        self._step_tokens = model.plan.sweep_tokens - options.max_sequences + 1  # beside a token for everyone else
+        self._options = options
         self._max_sequences = options.max_sequences
         self._batch = BatchLimit(options.max_sequences)
         self.before_sweep: Callable[[], object] = lambda: None
@@ -234,8 +235,8 @@ class Engine:
         prompt_ids = self._prompt_ids(request)
         room = min(self._context_length, self._cache.longest)
         if self._model.reads_whole:
-            self._check_step(len(prompt_ids))
-            room = room if self._model.keeps_state else min(room, self._step_tokens)
+            check_step(len(prompt_ids), self._model, self._cache, self._options, self._context_length)
+            room = room if self._model.keeps_state else min(room, step_tokens(self._model, self._options))
         if len(prompt_ids) >= room:
             what = "context" if room == self._context_length else "key-value cache (engine option kv_tokens)"
             raise SequenceError(
@@ -254,25 +255,6 @@ class Engine:
         ]
         first.siblings = siblings
         return first
-
-    def _check_step(self, prompt_tokens: int) -> None:
-        """Refuse a prompt that must be read in one step and cannot: neither beside others' tokens nor alone."""
-        pool = self._cache
-        if prompt_tokens <= self._step_tokens:
-            return
-        remedy, longest = f"sweep_tokens to {prompt_tokens + self._max_sequences - 1}", self._step_tokens
-        if isinstance(pool, StatePool) and self._model.keeps_state:
-            needed = pool.capacity_for(prompt_tokens)
-            if needed <= self._model.plan.kv_tokens:
-                return
-            longest = max(longest, pool.longest_step(self._context_length))
-            remedy = f"kv_tokens to {needed}, or {remedy}"
-        raise SequenceError(
-            "prompt_too_long",
-            f"the prompt has {prompt_tokens} tokens; {self._model.sharded.name} is of a family "
-            f"({self._model.family}) that must read a prompt in one step, and the memory set aside is enough for "
-            f"{longest} at most. Shorten the prompt, or raise an engine option: {remedy}.",
-        )
 
     def _make_detokenizer(self, request: SequenceRequest) -> Detokenizer | None:
         return Detokenizer(self.codec.decode, request.sampling.stop) if self.codec else None
