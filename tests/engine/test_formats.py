@@ -22,7 +22,8 @@ LARGEST_ERROR = {"nf4": 0.0875, "fp4": 0.1145, "int8": 0.0062, "lossless": 0.0}
 BYTES_A_NUMBER = {"nf4": 0.517, "fp4": 0.517, "int8": 1.017, "lossless": 1.42}
 
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
-blockwise = pytest.mark.parametrize("format", [FORMATS[name] for name in ("nf4", "fp4", "int8")], ids=lambda format: format.name)
+BLOCKWISE = {name: FORMATS[name] for name in ("nf4", "fp4", "int8")}
+blockwise = pytest.mark.parametrize("format", BLOCKWISE.values(), ids=BLOCKWISE.keys())
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 

@@ -51,10 +51,11 @@ def packed_and_expanded(model: torch.nn.Module, layers_path: str, spec: QuantSpe
     return model
 
 
-def expected_tokens(source: Path, quant: str) -> list[list[int]]:
+def expected_tokens(source: Path, quant: str, device: torch.device = CPU) -> list[list[int]]:
+    """Greedy tokens on `device` of the model that `quant` makes of `source`."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
     built = architecture.build(model.config, torch.float32)
-    model = packed_and_expanded(model, built.layers_path, parse_quant(quant))
+    model = packed_and_expanded(model, built.layers_path, parse_quant(quant)).to(device)
     return [full_load_tokens(model, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
 
 
