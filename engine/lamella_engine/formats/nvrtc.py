@@ -183,6 +183,17 @@ def _check_driver(code: int, action: str) -> None:
         raise KernelError(f"the CUDA driver cannot {action}: {(text.value or b'error %d' % code).decode()}")
 
 
+@functools.cache
+def _primary_context(index: int) -> ctypes.c_void_p:
+    """The context of a device that torch uses as well, held until the process ends.
+
+    Without that it would be gone again where torch has not begun to use the device yet.
+    """
+    context = ctypes.c_void_p()
+    _check_driver(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), index), "take the context")
+    return context
+
+
 @contextlib.contextmanager
 def _current(device: torch.device) -> Iterator[None]:
     """Have torch's context of `device` current in this thread; a thread that never used CUDA has none."""
@@ -191,9 +202,5 @@ def _current(device: torch.device) -> Iterator[None]:
         _check_driver(_driver().cuCtxGetCurrent(ctypes.byref(context)), "tell the current context")
         if not context.value:
             index = device.index if device.index is not None else torch.cuda.current_device()
-            # The context is torch's: taken for a moment only to learn its name, so that nobody has to give it back.
-            _check_driver(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), index), "take the context")
-            code = _driver().cuCtxSetCurrent(context)
-            _driver().cuDevicePrimaryCtxRelease_v2(index)
-            _check_driver(code, "enter the context")
+            _check_driver(_driver().cuCtxSetCurrent(_primary_context(index)), "enter the context")
         yield
