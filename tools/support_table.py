@@ -26,12 +26,15 @@ from lamella_engine.experts import find_experts
 from lamella_engine.inspection import inspect
 from lamella_engine.model_traits import ROUTED_COUNTS, first_whole
 from lamella_engine.shard import ShardedModel
+from lamella_engine.stored_form import StoredForm
 from tests import tiny_models
 from tests.engine.engine_driver import full_load_tokens, gather, generate, submit_ids
+from tests.engine.expanded_models import expected_tokens
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/families.md"
 PROMPTS = [list(range(5, 10)), list(range(10, 50)), [9, 8, 7]]
 NEW_TOKENS = 10
+QUANT = "nf4"
 INTRODUCTION = """# Families
 
 What becomes of each family of transformers {version} that the tests know. `make families` writes this page from running
@@ -41,14 +44,16 @@ a tiny random model of each: three prompts, alone and in one batch, against tran
   forward, side by side, layer by layer ([005](decisions/005-stepwise-families.md)).
 * *experts*: *visited* means that with few tokens a sweep moves only those ([006](decisions/006-expert-streaming.md));
   *whole* that a layer which streams comes with all of them.
+* *nf4*: packed in four bits, from disk, in one batch: *exact* if its tokens are those of the weights that it expands to
+  ([007](decisions/007-packed-formats.md)).
 * *prompts*: *in parts*: a long one rides along with others' tokens; *at once*: it is read in one step, and one that is
   longer than a sweep has a sweep to itself, if the memory set aside allows.
 
 Families that existed as code only are on a [page of their own](importing.md). Any other family of transformers is
 tried in the same way when its checkpoint is opened, and refused before a shard is written if it cannot run.
 
-| family | path | alone | in a batch | experts | prompts | notes |
-|---|---|---|---|---|---|---|
+| family | path | alone | in a batch | experts | nf4 | prompts | notes |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -61,11 +66,12 @@ class Row:
     alone: str = ""
     batched: str = ""
     experts: str = ""
+    packed: str = ""
     prompts: str = ""
     notes: str = ""
 
     def __str__(self) -> str:
-        cells = (self.family, self.path, self.alone, self.batched, self.experts, self.prompts, self.notes)
+        cells = (self.family, self.path, self.alone, self.batched, self.experts, self.packed, self.prompts, self.notes)
         return f"| {' | '.join(cells)} |"
 
 
@@ -82,7 +88,7 @@ def main(arguments: list[str]) -> int:
             rows.append(measure(family, Path(scratch)))
         print(rows[-1], flush=True)
     page.write_text(INTRODUCTION.format(version=transformers.__version__) + "".join(f"{row}\n" for row in rows))
-    return int(any("no" in (row.alone, row.batched) for row in rows))
+    return int(any("no" in (row.alone, row.batched, row.packed) for row in rows))
 
 
 def measure(family: str, scratch: Path) -> Row:
@@ -100,11 +106,11 @@ def measure(family: str, scratch: Path) -> Row:
     try:
         with Engine.open_sharded(sharded, torch.device("cpu"), options) as engine:
             alone = [generate(engine, prompt, sampling).token_ids for prompt in PROMPTS]
-            for name, prompt in enumerate(PROMPTS):
-                submit_ids(engine, str(name), prompt, sampling)
-            outcomes = gather(engine, {str(name) for name in range(len(PROMPTS))})
-            together = [outcomes[str(name)].token_ids for name in range(len(PROMPTS))]
+            together = _together(engine, sampling)
             path, reads_whole = str(engine._model.path), engine._model.reads_whole
+        packed = store.ensure("tiny", form=StoredForm(quant=QUANT))
+        with Engine.open_sharded(packed, torch.device("cpu"), options) as engine:
+            from_packed = _together(engine, sampling)
     except EngineError as error:
         return Row(family, "failed", "no", "no", notes=f"{type(error).__name__}: {error}".replace("|", "/"))
     return Row(
@@ -113,8 +119,16 @@ def measure(family: str, scratch: Path) -> Row:
         "exact" if alone == expected else "no",
         "exact" if together == expected else "no",
         _experts(sharded, store),
+        "exact" if from_packed == expected_tokens(source, QUANT, PROMPTS, NEW_TOKENS) else "no",
         "at once" if reads_whole else "in parts",
     )
+
+
+def _together(engine: Engine, sampling: Sampling) -> list[list[int]]:
+    for name, prompt in enumerate(PROMPTS):
+        submit_ids(engine, str(name), prompt, sampling)
+    outcomes = gather(engine, {str(name) for name in range(len(PROMPTS))})
+    return [outcomes[str(name)].token_ids for name in range(len(PROMPTS))]
 
 
 def _experts(sharded: ShardedModel, store: ShardStore) -> str:

@@ -15,7 +15,8 @@ from lamella_engine.shard import ShardedModel
 from lamella_engine.stored_form import StoredForm
 from tests import tiny_models
 from tests.engine.engine_driver import generate, open_smallest
-from tests.engine.test_packed_models import FAMILIES, GREEDY, PROMPTS, answers, expected_tokens
+from tests.engine.expanded_models import expected_tokens
+from tests.engine.test_packed_models import FAMILIES, GREEDY, PROMPTS, answers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +39,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("place", ["expanded", "packed", "ram", "disk"])
 @pytest.mark.parametrize("quant", ["nf4", "int8", "fp4,layers.0=bf16"])
 def test_tokens_are_those_of_the_expanded_model(quant: str, place: str, wide: Path, tmp_path: Path) -> None:
-    expected = expected_tokens(wide, quant, CUDA)
+    expected = expected_tokens(wide, quant, PROMPTS, GREEDY.max_tokens, CUDA)
     sharded = ShardStore(tmp_path).ensure("tiny", source=wide, form=StoredForm(quant=quant))
 
     with open_at(place, sharded, tmp_path) as engine:
@@ -79,7 +80,7 @@ def test_families_of_every_kind(
     family: str, place: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny_checkpoint(family)
-    expected = expected_tokens(source, "nf4", CUDA)
+    expected = expected_tokens(source, "nf4", PROMPTS, GREEDY.max_tokens, CUDA)
     sharded = ShardStore(tmp_path).ensure("tiny", source=source, form=StoredForm(quant="nf4"))
 
     with open_at(place, sharded, tmp_path) as engine:

@@ -11,23 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks.slow_machine import MACHINES, slow_machine
 from lamella_engine import Engine, EngineOptions, Sampling, ShardStore, architecture
 from lamella_engine.cli import app
 from lamella_engine.errors import ModelError, ModelNotFound, OptionError, ShardError
-from lamella_engine.formats import find_format
 from lamella_engine.model_sizes import sizes_of_sharded
 from lamella_engine.open_model import open_sweep_model
 from lamella_engine.placement import Tier
 from lamella_engine.planner import make_plan
-from lamella_engine.quant_spec import FULL, QuantSpec, TensorName, parse_quant
 from lamella_engine.shard import ShardedModel
 from lamella_engine.stored_form import StoredForm
 from tests import tiny_models
-from tests.engine.engine_driver import full_load_tokens, gather, generate, submit_ids
+from tests.engine.engine_driver import gather, generate, submit_ids
+from tests.engine.expanded_models import expected_tokens
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 13], list(range(40, 70)), [7]]
@@ -35,28 +33,6 @@ GREEDY = Sampling(max_tokens=8, ignore_eos=True)
 FAMILIES = ["llama", "gpt2", "qwen3_moe", "gpt_oss", "qwen3_next"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def packed_and_expanded(model: torch.nn.Module, layers_path: str, spec: QuantSpec) -> torch.nn.Module:
-    """The model with every weight that `spec` packs replaced by what it expands to."""
-    prefix = f"{layers_path}."
-    for name, weight in model.named_parameters():
-        if not name.startswith(prefix):
-            continue
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        chosen = spec.format_for(TensorName(rest, tuple(weight.shape), int(index)))
-        if chosen != FULL:
-            format = find_format(chosen)
-            format.decode(format.encode(weight.data), weight.data)
-    return model
-
-
-def expected_tokens(source: Path, quant: str, device: torch.device = CPU) -> list[list[int]]:
-    """Greedy tokens on `device` of the model that `quant` makes of `source`."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
-    built = architecture.build(model.config, torch.float32)
-    model = packed_and_expanded(model, built.layers_path, parse_quant(quant)).to(device)
-    return [full_load_tokens(model, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
 
 
 def open_on(sharded: ShardedModel, place: str) -> Engine:
@@ -95,7 +71,7 @@ def test_tokens_are_those_of_the_expanded_model_wherever_its_layers_are(
     quant: str, place: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny_checkpoint("llama")
-    expected = expected_tokens(source, quant)
+    expected = expected_tokens(source, quant, PROMPTS, GREEDY.max_tokens)
 
     sharded = ShardStore(tmp_path).ensure("tiny", source=source, form=StoredForm(quant=quant))
 
@@ -110,7 +86,7 @@ def test_families_of_every_kind_can_be_packed(
     family: str, quant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny_checkpoint(family)
-    expected = expected_tokens(source, quant)
+    expected = expected_tokens(source, quant, PROMPTS, GREEDY.max_tokens)
     store = ShardStore(tmp_path)
     whole = store.ensure("tiny", source=source)
 
