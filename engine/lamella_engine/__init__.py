@@ -12,8 +12,8 @@ In the order data flows through them:
   position biases for those that need them.
 - `quant_spec`, `formats`, `packed_shard`, `stored_form`: which weights are stored in fewer bytes, and how.
 - `open_source`, `stored_checkpoint`, `hub_source`: the place that weights come from, opened.
-- `convert`, `build_plan`, `shard`, `shard_writer`, `in_place`, `shard_builder`, `manifest`, `shard_check`, `model_lock`,
-  `originals`, `shard_store`: one file per layer, built once, checked whenever it is opened.
+- `convert`, `build_plan`, `shard`, `shard_writer`, `in_place`, `shard_builder`, `manifest`, `shard_check`,
+  `model_lock`, `originals`, `shard_store`: one file per layer, built once, checked whenever it is opened.
 - `model_source`, `kv_shape`, `model_traits`, `inspection`: what a model is, from config and headers alone.
 - `placement`, `budget`, `device`, `compute_dtype`, `model_sizes`, `disk_speed`, `calibration`, `planner`, `workspace`,
   `reserve`, `spread`, `estimate`: where every byte will live and be computed, and what a sweep will take.

@@ -289,13 +289,19 @@ def _row(manifest: Manifest) -> tuple[str, ...]:
     return (manifest.name, manifest.family, str(len(manifest.layers)), manifest.dtype, size, manifest.source)
 
 
+def _dtype(facts: inspection.ModelFacts) -> str:
+    if not facts.packing:
+        return facts.dtype
+    return f"{facts.dtype}, {'stored as' if facts.found_in == 'store' else 'expanded from'} {facts.packing}"
+
+
 def _described(facts: ModelFacts) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{facts.name} ({facts.found_in})"),
         ("revision", facts.revision or "-"),
         ("family", f"{facts.imported_from}, runs as {facts.family}" if facts.imported_from else facts.family),
         ("runs here", "yes" if facts.obstacle is None else f"no: {facts.obstacle}"),
-        ("dtype", f"{facts.dtype}, expanded from {facts.packing}" if facts.packing else facts.dtype),
+        ("dtype", _dtype(facts)),
         ("layers", _kinds(facts)),
     ]
     if facts.size_bytes:

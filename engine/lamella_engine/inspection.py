@@ -54,7 +54,7 @@ class ModelFacts:
         family: transformers' model type.
         imported_from: the family's own name, if it is imported onto another's class; see `importers`.
         dtype: torch dtype name of most weights, expanded if they are packed.
-        packing: the packed format that the weights arrive in, in words; None if plain, or if the store has it.
+        packing: the packed format that the weights arrive in, in words, or that the store has them in; None if plain.
         obstacle: why the model cannot run here, or None. Sizes are 0 then, unless the store has it.
         parameters: numbers in all weights, tied ones counted once.
         active_parameters: those that one token is multiplied with; 0 if there is an obstacle.
@@ -137,7 +137,7 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
     except UnsupportedModel as error:
         obstacle = str(error)
     shapes = kv_shapes(text)
-    layers = tuple(layer.tensor_bytes for layer in contents.layers)
+    layers = tuple(layer.stored_bytes for layer in contents.layers)
     return ModelFacts(
         name=source.name,
         found_in=source.found_in,
@@ -157,7 +157,7 @@ def inspect(model: str | Path, store: ShardStore, *, hub_token: str | None = Non
         layer_bytes_min=min(layers, default=0),
         layer_bytes_max=max(layers, default=0),
         layers_bytes=sum(layers),
-        root_bytes=contents.root.tensor_bytes,
+        root_bytes=contents.root.stored_bytes,
         hidden_size=int(text.hidden_size),
         attention_heads=whole(text, "num_attention_heads"),
         kv_heads=tuple(sorted({shape.heads for shape in shapes})),

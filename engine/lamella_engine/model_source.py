@@ -82,7 +82,7 @@ class ModelSource:
         revision: the commit, where known.
         config: transformers' config.
         dtype: torch dtype name of most weights, as they are or would be stored.
-        packing: the packed format that its weights arrive in, in words; None if plain, or if the store has it.
+        packing: the packed format that its weights arrive in, in words, or that the store has them in; None if plain.
         shards: the root's and the layers', if the store has them; else empty.
         checkpoint: the opened checkpoint, if it is one.
         obstacle: why its weights cannot be read, where that was not refused at once.
@@ -190,4 +190,5 @@ def _stored(name: str, store: ShardStore) -> ModelSource:
     directory = store.build_directory(manifest)
     shards = read_shards(manifest, directory)
     config = architecture.load_config(directory)
-    return ModelSource(name, "store", manifest.revision, config, manifest.dtype, shards=shards)
+    packing = manifest.quant or None
+    return ModelSource(name, "store", manifest.revision, config, manifest.dtype, packing, shards=shards)

@@ -217,6 +217,7 @@ def test_the_commands_build_show_and_name_it(tiny_checkpoint: Callable[[str], Pa
     done = run(app, ["pull", "tiny", "--quant", "int8", *store])
     again = run(app, ["pull", "tiny", "--quant", "int8", *store])
     listed = run(app, ["list", *store])
+    told = run(app, ["inspect", "tiny~int8", *store])
     wrong = run(app, ["pull", "tiny", "--quant", "q4", *store])
     both = run(app, ["pull", "tiny", "--quant", "int8", "--in-place", *store])
 
@@ -224,6 +225,7 @@ def test_the_commands_build_show_and_name_it(tiny_checkpoint: Callable[[str], Pa
     assert "tiny~int8 is ready" in done.output
     assert "tiny~int8 is in the store already" in again.output
     assert "tiny~int8" in listed.output
+    assert "float32, stored as int8" in told.output
     assert wrong.exit_code == 2
     assert "nf4, fp4, int8, lossless" in wrong.output
     assert both.exit_code == 2
