@@ -18,7 +18,7 @@ from lamella_engine.kv_shape import attention_width, context_tokens, kv_bytes_pe
 from lamella_engine.model_source import ModelContents, ModelSource, ShardContents, torch_dtype
 from lamella_engine.model_traits import EXPERT_COUNTS, ROUTED_COUNTS, first_whole
 from lamella_engine.placement import ExpertSizes, ModelSizes
-from lamella_engine.shard import ShardedModel
+from lamella_engine.shard import TENSOR_ALIGNMENT, ShardedModel
 from lamella_engine.shard_writer import size_of
 from lamella_engine.state_pool import unit_bytes
 from lamella_engine.weight_source import TensorShape
@@ -84,7 +84,7 @@ def _sizes(
         reads_whole=not tree.reads_in_parts,
         experts=_experts(contents.layers, tree),
         root_expansion=dtype.itemsize / stored.itemsize if contents.is_packed else None,
-        is_packed=contents.is_packed,
+        computed=_computed_layers(contents.layers, tree) if contents.is_packed else (),
     )
 
 
@@ -114,14 +114,25 @@ def _tables(tree: Architecture, root: ShardContents) -> tuple[TensorShape | None
 
 def _expansion(layers: tuple[ShardContents, ...], tree: Architecture) -> float:
     """Bytes in the types the modules compute in per stored byte; of the layer where it is most."""
+    computed = _layer_bytes(layers, tree, alignment=1)
+    return max(nbytes / max(1, layer.stored_bytes) for nbytes, layer in zip(computed, layers, strict=True))
+
+
+def _computed_layers(layers: tuple[ShardContents, ...], tree: Architecture) -> tuple[int, ...]:
+    """Bytes that each layer takes expanded, laid out as `binding` does it."""
+    return tuple(_layer_bytes(layers, tree, alignment=TENSOR_ALIGNMENT))
+
+
+def _layer_bytes(layers: tuple[ShardContents, ...], tree: Architecture, alignment: int) -> list[int]:
     native = tree.model.state_dict()
-    return max(
+    return [
         sum(
-            _computed_bytes(tensor, native.get(f"{tree.layers_path}.{index}.{tensor.name}")) for tensor in layer.tensors
+            -(-_computed_bytes(tensor, native.get(f"{tree.layers_path}.{index}.{tensor.name}")) // alignment)
+            * alignment
+            for tensor in layer.tensors
         )
-        / max(1, layer.stored_bytes)
         for index, layer in enumerate(layers)
-    )
+    ]
 
 
 def _computed_bytes(tensor: TensorShape, expected: torch.Tensor | None) -> int:

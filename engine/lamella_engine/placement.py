@@ -52,7 +52,7 @@ class ModelSizes:
         context_length: tokens a sequence may have.
         experts: None for a dense model.
         root_expansion: as `expansion`, for what lies outside the layers; None means the same.
-        is_packed: weights of layers are stored in fewer bytes than they compute in, and expanded on the device.
+        computed: bytes of each layer in the compute dtype, where some are packed; else empty.
     """
 
     name: str
@@ -77,7 +77,12 @@ class ModelSizes:
     reads_whole: bool = False
     experts: ExpertSizes | None = None
     root_expansion: float | None = None
-    is_packed: bool = False
+    computed: tuple[int, ...] = ()
+
+    @property
+    def is_packed(self) -> bool:
+        """Weights of layers are stored in fewer bytes than they compute in, and expanded on the device."""
+        return bool(self.computed)
 
     @property
     def head_bytes(self) -> int:

@@ -119,7 +119,8 @@ def _layouts(sizes: ModelSizes, request: PlanRequest) -> Iterator[_Layout]:
     is_card = request.vram is not None
     other, head = (_root_resident(sizes, request, nbytes) for nbytes in (sizes.other, sizes.head_bytes))
     slot = _slot_bytes(sizes, request, sizes.layers)
-    expanded = 0 if sizes.expansion == 1 else _resident(sizes, request, slot)
+    expanded = _expanded_piece(sizes, slot)
+    expanded = expanded if request.vram is None else device_bytes(expanded)
     slot_cost = device_bytes(slot) if is_card else slot
     keeps_packed = is_card and sizes.is_packed
     yield _Layout(True, 0, other + head, None)
@@ -143,7 +144,8 @@ def _layer_costs(sizes: ModelSizes, request: PlanRequest, layout: _Layout) -> tu
     """What each layer takes of the compute device where it stays."""
     if layout.keeps_packed:
         return tuple(map(device_bytes, sizes.layers))
-    return tuple(_resident(sizes, request, nbytes) for nbytes in sizes.layers)
+    computed = _computed(sizes)
+    return computed if request.vram is None else tuple(map(device_bytes, computed))
 
 
 def _slot_bytes(sizes: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
@@ -161,14 +163,20 @@ def _row_bytes(sizes: ModelSizes) -> int:
     return -(-sizes.head_bytes // sizes.vocabulary)
 
 
-def _resident(sizes: ModelSizes, request: PlanRequest, nbytes: int) -> int:
-    """What `nbytes` bytes of a shard take on the compute device, in the compute type."""
-    expanded = _expanded(sizes, nbytes)
-    return expanded if request.vram is None else device_bytes(expanded)
+def _computed(sizes: ModelSizes) -> tuple[int, ...]:
+    """Bytes of each layer in the compute dtype."""
+    return sizes.computed or tuple(_expanded(sizes, nbytes) for nbytes in sizes.layers)
+
+
+def _expanded_piece(sizes: ModelSizes, slot: int) -> int:
+    """Room for one piece in the compute dtype, where that is another than the stored one; `slot` holds the largest."""
+    if sizes.computed:
+        return max(*sizes.computed, 0 if root_expansion(sizes) == 1 else _root_expanded(sizes, slot))
+    return 0 if sizes.expansion == 1 else _expanded(sizes, slot)
 
 
 def _root_resident(sizes: ModelSizes, request: PlanRequest, nbytes: int) -> int:
-    """As `_resident`, of what lies outside the layers."""
+    """What `nbytes` bytes of a shard take on the compute device, in the compute type, outside the layers."""
     expanded = _root_expanded(sizes, nbytes)
     return expanded if request.vram is None else device_bytes(expanded)
 
@@ -245,7 +253,7 @@ def _on_cpu(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: R
     """The plan of one layout on a CPU, or None if it does not fit."""
     room = request.ram - settled.nbytes - layout.fixed
     room = room if layout.layer_limit is None else min(room, layout.layer_limit)
-    costs = tuple(_expanded(sizes, nbytes) for nbytes in sizes.layers)
+    costs = _computed(sizes)
     if room < (0 if layout.slots else sum(costs)):
         return None
     room -= kept_back(sizes, room, request.expert_share) if layout.slots else 0
@@ -279,8 +287,8 @@ def _placements(
 ) -> tuple[LayerPlacement, ...]:
     """Layers at `home` have the size of the compute type, the others the size they are stored in."""
     return tuple(
-        LayerPlacement(index, _expanded(sizes, nbytes) if tier is home else nbytes, tier, device)
-        for index, (nbytes, tier) in enumerate(zip(sizes.layers, tiers, strict=True))
+        LayerPlacement(index, computed if tier is home else nbytes, tier, device)
+        for index, (nbytes, computed, tier) in enumerate(zip(sizes.layers, _computed(sizes), tiers, strict=True))
     )
 
 
@@ -316,8 +324,8 @@ def _card_spending(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Spend
     assert request.vram is not None
     resident = [place.nbytes for place in plan.layers if place.tier is Tier.VRAM]
     slot = device_bytes(plan.slot_bytes)
-    largest = max(plan.slot_bytes, *sizes.layers) if plan.keeps_packed else plan.slot_bytes
-    expanded = device_bytes(_expanded(sizes, largest)) if sizes.expansion != 1 else 0
+    needs_room = plan.keeps_packed or plan.slot_bytes
+    expanded = device_bytes(_expanded_piece(sizes, plan.slot_bytes)) if needs_room else 0
     head = 0 if plan.head.num_blocks else device_bytes(plan.head.nbytes)
     uses = (
         Use("norms and positions", device_bytes(_root_expanded(sizes, sizes.other))),
@@ -353,7 +361,7 @@ def _host_uses(sizes: ModelSizes, plan: Plan) -> tuple[Use, ...]:
             Use("keys and values", plan.kv_bytes),
             Use("workspace", plan.workspace_bytes),
             Use(f"ring ({slots} slots)", plan.ring_bytes),
-            Use("converted piece", _expanded(sizes, plan.slot_bytes) if sizes.expansion != 1 else 0),
+            Use("converted piece", _expanded_piece(sizes, plan.slot_bytes) if plan.slot_bytes else 0),
             Use(f"layers ({len(resident)})", sum(resident)),
         )
     )

@@ -67,8 +67,9 @@ def open_at(place: str, sharded: ShardedModel, root: Path) -> Engine:
     with Engine.open_sharded(sharded, CUDA, options) as engine:
         assert engine.plan.vram is not None
         used = engine.plan.vram.used
-    missing = int(sum(sizes.layers) * sizes.expansion) - sum(sizes.layers)
-    vram = used - missing // 2  # too little for all of them expanded, and enough for all packed and one expanded
+    # Instead of all layers expanded all packed, one expanded, and what the allocator rounds up to.
+    vram = used - sum(sizes.computed) + sum(sizes.layers) + max(sizes.computed) + 8 * 2**20
+    assert vram < used
     return Engine.open_sharded(
         sharded, CUDA, EngineOptions(store=root, max_sequences=4, sweep_tokens=64, kv_tokens=512, vram=vram)
     )

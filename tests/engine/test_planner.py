@@ -338,3 +338,29 @@ def test_a_device_budget_goes_with_a_device() -> None:
         PlanRequest("cpu", GIB, GIB, CPU)
     with pytest.raises(OptionError):
         PlanRequest("cuda:0", None, GIB, CARD)
+
+
+def packed_70b(share: float) -> ModelSizes:
+    """LLAMA_70B in four bits, but for a `share` of its layers, which is not packed."""
+    full = LLAMA_70B.layers[0]
+    whole = round(share * len(LLAMA_70B.layers))
+    layers = tuple(full if index < whole else full // 4 for index in range(len(LLAMA_70B.layers)))
+    return replace(LLAMA_70B, layers=layers, computed=(full,) * len(layers), expansion=4.0, root_expansion=1.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_packed_layers_stay_packed_where_that_lets_more_of_them_stay(share: float) -> None:
+    sizes = packed_70b(share)
+    full = LLAMA_70B.layers[0]
+
+    small = make_plan(sizes, card(24 * GIB, 60 * GIB))
+    large = make_plan(sizes, card(200 * GIB, 60 * GIB))
+
+    assert small.keeps_packed
+    assert sum(place.tier is Tier.VRAM for place in small.layers) > 2 * (24 * GIB // full)
+    assert small.vram is not None
+    converted = next(use.nbytes for use in small.vram.uses if use.what == "converted piece")
+    assert full <= converted < full + 4 * MIB
+    assert not large.keeps_packed
+    assert {place.nbytes for place in large.layers} == {full}
+    assert all(plan.vram is not None and plan.vram.used <= plan.vram.budget for plan in (small, large))
