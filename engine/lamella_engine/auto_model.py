@@ -21,9 +21,11 @@ from lamella_engine.errors import EngineError, OptionError, SequenceError
 from lamella_engine.options import EngineOptions
 from lamella_engine.sequence_types import FinishReason, Sampling, SequencePrefill, SequenceRequest, SequenceTokens
 from lamella_engine.shard_store import ShardStore, default_store_root
+from lamella_engine.stored_form import StoredForm
 from lamella_engine.sweep_profile import SweepProfile, plain_console, profile_table
 
 GENERATE_SEED = 0
+COMPRESSIONS = {"4bit": "nf4", "8bit": "int8"}  # the words that users of AirLLM know
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class AutoModel:
 
         Args:
             path_or_id: what to open.
-            compression: not supported yet; must be None.
+            compression: ``"4bit"`` (nf4), ``"8bit"`` (int8), or packed formats as `quant_spec` reads them; None leaves
+                weights as they are stored.
             layer_shards_saving_path: directory of the shard cache; None means the usual one.
             hf_token: hub access token; None means the usual places.
             prefetching: must be True, reading ahead is how the engine works.
@@ -81,15 +84,15 @@ class AutoModel:
             vram, ram: budgets, as in `EngineOptions`: bytes, ``"4GiB"``, ``"80%"`` or ``"auto"``.
 
         Raises:
-            OptionError: an argument that is not supported yet.
+            OptionError: an argument that is not supported, or does not go with another.
             ModelError: the model cannot be had or cannot run.
         """
-        for name, value, supported in (
-            ("compression", compression, None),
-            ("prefetching", prefetching, True),
-        ):
-            if value != supported:
-                raise OptionError(f"{name}={value!r} is not supported yet; leave it at {supported!r}")
+        if not prefetching:
+            raise OptionError("prefetching=False is not supported: reading ahead is how the engine works; leave it out")
+        if compression is not None and delete_original:
+            raise OptionError(
+                "delete_original does not go with compression: packed weights do not hold all of the original"
+            )
         root = Path(layer_shards_saving_path).expanduser() if layer_shards_saving_path else default_store_root()
         options = EngineOptions(
             store=root,
@@ -100,7 +103,8 @@ class AutoModel:
             ram=ram,
         )
         store = ShardStore(root)
-        sharded = store.ensure(path_or_id, hub_token=hf_token)
+        quant = None if compression is None else COMPRESSIONS.get(compression, compression)
+        sharded = store.ensure(path_or_id, form=StoredForm(quant=quant), hub_token=hf_token)
         if delete_original:
             store.delete_original(sharded.name, Path(path_or_id))
         engine = Engine.open_sharded(sharded, resolve_device(options.device), options)

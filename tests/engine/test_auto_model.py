@@ -64,12 +64,32 @@ def test_the_same_seed_generates_the_same_tokens(model: AutoModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "argument",
-    [{"compression": "4bit"}, {"prefetching": False}],
+    ("arguments", "words"),
+    [
+        ({"prefetching": False}, "prefetching=False is not supported"),
+        ({"compression": "3bit"}, "'3bit' is no format"),
+        ({"compression": "4bit", "delete_original": True}, "does not go with compression"),
+    ],
 )
-def test_what_is_not_supported_yet_is_refused(argument: dict[str, object], tiny_llama_dir: Path) -> None:
-    with pytest.raises(OptionError, match="not supported yet"):
-        AutoModel.from_pretrained(tiny_llama_dir, **argument)  # type: ignore[arg-type]
+def test_what_is_not_supported_is_refused(
+    arguments: dict[str, object], words: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=words):
+        AutoModel.from_pretrained(tiny_llama_dir, layer_shards_saving_path=tmp_path, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("compression", "variant"), [("4bit", "~nf4"), ("8bit", "~int8"), ("fp4", "~fp4")])
+def test_compression_streams_a_packed_form(
+    compression: str, variant: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    with AutoModel.from_pretrained(
+        tiny_llama_dir, compression, layer_shards_saving_path=tmp_path, device="cpu", ram=0
+    ) as model:
+        output = model.generate(torch.tensor([[30, 31, 32]]), max_new_tokens=3)
+
+    assert model.engine.facts.model.endswith(variant)
+    assert isinstance(output, torch.Tensor)
+    assert output.shape == (1, 6)
 
 
 def test_profiling_tells_after_each_call_where_its_time_went(

@@ -54,5 +54,5 @@ def assert_as_if_nothing_was(job: Job, expected: Undisturbed, *, attempts: int |
     status = job.status()
     assert (status.state, status.events, status.outcome) == (JobState.DONE, len(items), last)
     if attempts is not None:
-        assert status.attempts == attempts
+        assert status.attempts == attempts, f"{status.attempts} attempts of {job.id}"
     return items

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,21 +18,32 @@ from tests.waiting import wait_until
 
 NAME = "w1"
 HOG = "A hog of memory"
+FAILPOINTS = f"sweep=slow@1+;sweep=oom@5~{HOG};sweep=oom@20~{HOG}"
 PROMPTS = ["The river runs", "A small lamp stood on the table", "One, two, three"]
 SAMPLED = {"max_tokens": 450, "temperature": 0.8, "seed": 11}
 
 
 @pytest.fixture(scope="module")
 def calm(workers: Workers) -> list[Undisturbed]:
-    """The requests of these tests, and what becomes of them in peace; the memory is short when the HOG has come."""
-    workers.start(MODEL, NAME, failpoints=f"sweep=oom@5~{HOG};sweep=oom@20~{HOG}")
+    """The requests of these tests, and what becomes of them in peace; the memory is short when the HOG has come.
+
+    The sweeps are slow: no request is at its end when the fault comes, however late the test gets to cause it.
+    """
+    workers.start(MODEL, NAME, failpoints=FAILPOINTS)
     with Client(workers.url) as client:
         return [undisturbed(client, MODEL, prompt, **SAMPLED) for prompt in PROMPTS]
 
 
 @pytest.fixture
 def engine(workers: Workers, calm: list[Undisturbed]) -> EngineProcessInfo:
+    workers.start(MODEL, NAME, failpoints=FAILPOINTS)
     return workers.engine(NAME)
+
+
+@pytest.fixture
+def engine_for_this_test(workers: Workers, engine: EngineProcessInfo) -> Iterator[EngineProcessInfo]:
+    yield engine
+    workers.stop(NAME)
 
 
 def test_a_crash_of_the_engine_costs_an_attempt_and_nothing_else(
@@ -53,8 +65,9 @@ def test_a_crash_of_the_engine_costs_an_attempt_and_nothing_else(
 
 
 def test_a_sweep_without_memory_sends_the_youngest_back_and_harms_nobody(
-    client: Client, workers: Workers, engine: EngineProcessInfo, calm: list[Undisturbed]
+    client: Client, workers: Workers, engine_for_this_test: EngineProcessInfo, calm: list[Undisturbed]
 ) -> None:
+    """Fewer run side by side afterwards, for a thousand sweeps: this engine is not left to the next test."""
     told = workers.log(NAME).count("out of memory: the youngest waits")
     jobs = [each.submit(client) for each in calm]
     wait_until(lambda: all(job.status().events >= 5 for job in jobs))
@@ -65,9 +78,9 @@ def test_a_sweep_without_memory_sends_the_youngest_back_and_harms_nobody(
         assert_as_if_nothing_was(job, expected, attempts=1)
     assert hog.result(timeout_s=40).usage.completion_tokens == 40
     assert workers.log(NAME).count("out of memory: the youngest waits") == told + 2
-    assert workers.engine(NAME).restarts == engine.restarts
+    assert workers.engine(NAME).restarts == engine_for_this_test.restarts
     info = wait_until(lambda: workers.info(NAME))
-    assert info.slots < engine.max_sequences, "fewer run side by side for a while, and it says so"
+    assert info.slots < engine_for_this_test.max_sequences, "fewer run side by side for a while, and it says so"
 
 
 def test_the_worker_itself_never_loads_torch(workers: Workers, engine: EngineProcessInfo) -> None:

@@ -1,4 +1,4 @@
-"""Faults on demand in the engine process, for tests: named points where it hangs, crashes or runs out of memory.
+"""Faults on demand in the engine process, for tests: points where it hangs, crashes, dawdles or lacks memory.
 
 Owns the environment variable ``LAMELLA_FAILPOINTS`` and its grammar; read in the engine process only, and an engine in
 the worker's own process has no failpoints. Several are separated by ``;``, each of the form::
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 VARIABLE = "LAMELLA_FAILPOINTS"
 EXIT_CODE = 3
 HANG_S = 600.0  # a hang that nobody ends has an end
+SLOW_S = 0.005  # so that a test gets between two sweeps of a tiny model
 
 _FORM = re.compile(
     r"(?P<point>open|submit|sweep)=(?P<action>[a-z]+)(@(?P<nth>\d+)(?P<on>\+)?)?(#(?P<child>\d+))?(~(?P<text>.+))?"
@@ -32,6 +33,10 @@ _FORM = re.compile(
 
 def _hang() -> None:
     threading.Event().wait(HANG_S)
+
+
+def _slow() -> None:
+    threading.Event().wait(SLOW_S)
 
 
 def _freeze() -> None:
@@ -64,6 +69,7 @@ def _device() -> None:
 
 ACTIONS: dict[str, Callable[[], None]] = {
     "hang": _hang,
+    "slow": _slow,
     "freeze": _freeze,
     "kill": _kill,
     "segfault": _segfault,
