@@ -21,6 +21,7 @@ _UNITS: Mapping[str, int] = MappingProxyType(
 _AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", re.ASCII)
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%", re.ASCII)
 _BUDGET_EXAMPLES = 'bytes (4294967296), "4GiB", "4GB", "512 MiB", "80%" or "auto"'
+_BYTES_EXAMPLES = 'bytes (4294967296), "4GiB", "4GB" or "512 MiB"'
 _RATE_EXAMPLES = '"12GB/s", "500 MB/s", "1.5GiB/s" or bytes a second'
 _FLOPS_EXAMPLES = '"6.5T", "900G" or operations a second'
 
@@ -55,6 +56,19 @@ def parse_budget(value: int | str, total: int, free: int, what: str) -> int:
     amount = _amount(text)
     if amount is None:
         raise _refused(what, value, _why(text), _BUDGET_EXAMPLES)
+    return amount
+
+
+def parse_bytes(value: str, what: str) -> int:
+    """The bytes that `value`, such as ``4GiB``, means; at least 1.
+
+    Raises:
+        OptionError: it is not an amount of bytes, or zero.
+    """
+    text = value.strip().lower()
+    amount = _amount(text)
+    if not amount:
+        raise _refused(what, value, "nothing fits that" if amount == 0 else _why(text), _BYTES_EXAMPLES)
     return amount
 
 
@@ -124,7 +138,7 @@ def _why(text: str) -> str:
         return f"{found[2]!r} is not a unit of bytes"
     if found is not None:
         return "there are no fractions of a byte"
-    return "it is not an amount of memory"
+    return "it is not an amount of bytes"
 
 
 def _refused(what: str, value: object, why: str, examples: str) -> OptionError:

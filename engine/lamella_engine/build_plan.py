@@ -16,6 +16,7 @@ from lamella_engine.convert import ModelPlan, ShardPlan
 from lamella_engine.in_place import PlacedLayer, find_layer
 from lamella_engine.manifest import layer_file, original_file
 from lamella_engine.packed_shard import Packing
+from lamella_engine.quant_mix import SizeTarget
 from lamella_engine.quant_spec import QuantSpec, TensorName
 from lamella_engine.shard_writer import ShardLayout, lay_out, size_of
 from lamella_engine.weight_source import SourceKind, WeightSource
@@ -28,7 +29,7 @@ class BuildRequest:
     """What to build: the model's name, its checked source, and the dtype to store in (None: the source's own).
 
     `in_place` leaves layers where they lie in the source's files, where they lie there as they are needed. `quant` says
-    which tensors are packed (None: none is), which `quant_device` does.
+    which tensors are packed (None: none is), or how small they have to be; `quant_device` packs.
     """
 
     name: str
@@ -38,12 +39,12 @@ class BuildRequest:
     revision: str | None
     dtype: str | None
     in_place: bool = False
-    quant: QuantSpec | None = None
+    quant: QuantSpec | SizeTarget | None = None
     quant_device: torch.device = CPU
 
     def packing(self, layer: int | None) -> Packing | None:
         """How the tensors of a layer are packed, or those outside the layers; None if they are not."""
-        return None if self.quant is None else Packing(self.quant, layer, self.quant_device)
+        return Packing(self.quant, layer, self.quant_device) if isinstance(self.quant, QuantSpec) else None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from lamella_engine import inspection
+from lamella_engine.budget import parse_bytes
 from lamella_engine.byte_size import byte_size
 from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.errors import EngineError, ModelError, OptionError, PlanError
@@ -65,6 +66,12 @@ DeleteOption = Annotated[
 QuantOption = Annotated[
     str | None,
     typer.Option("--quant", help="Pack weights: nf4, fp4, int8, lossless, or such as int8,layers.0-3=bf16."),
+]
+QuantTargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quant-target-bytes", help='Pack weights with the least error so that all take at most this: "4GiB".'
+    ),
 ]
 QuantDeviceOption = Annotated[str, typer.Option("--quant-device", help="What packs: cpu, cuda:N or auto.")]
 InPlaceOption = Annotated[
@@ -126,12 +133,13 @@ def remove(name: StoredName, store: StoreOption = None) -> None:
 
 
 @app.command()
-def pull(
+def pull(  # noqa: PLR0913  a command has as many arguments as options
     name: Annotated[str, typer.Argument(help="owner/name or owner/name@revision on the hub.")],
     store: StoreOption = None,
     dtype: DtypeOption = None,
     in_place: InPlaceOption = False,
     quant: QuantOption = None,
+    quant_target_bytes: QuantTargetOption = None,
     quant_device: QuantDeviceOption = "auto",
     delete_original: DeleteOption = False,
 ) -> None:
@@ -139,8 +147,9 @@ def pull(
 
     With --quant a packed form beside it, from the store if the model is there.
     """
-    _check_options(in_place=in_place, delete_original=delete_original, quant=quant)
-    _build(name, None, store, BuildOptions(dtype, StoredForm(in_place, quant, quant_device)))
+    form = _form(in_place, quant, quant_target_bytes, quant_device)
+    _check_form(form, delete_original=delete_original)
+    _build(name, None, store, BuildOptions(dtype, form))
     if delete_original:
         _delete_original(name, None, store)
 
@@ -153,6 +162,7 @@ def import_model(  # noqa: PLR0913  a command has as many arguments as options
     dtype: DtypeOption = None,
     in_place: InPlaceOption = False,
     quant: QuantOption = None,
+    quant_target_bytes: QuantTargetOption = None,
     quant_device: QuantDeviceOption = "auto",
     delete_original: DeleteOption = False,
     allow_pickle: Annotated[
@@ -168,24 +178,28 @@ def import_model(  # noqa: PLR0913  a command has as many arguments as options
             "--delete-original cannot go with --allow-pickle: pickles are not opened again to see whether the shards "
             "hold all that is in them. Look at the model, then delete them by hand."
         )
-    if allow_pickle and (in_place or quant):
+    form = _form(in_place, quant, quant_target_bytes, quant_device)
+    if allow_pickle and (form.in_place or form.is_packed):
         raise typer.BadParameter(
             "--allow-pickle goes with neither --in-place nor --quant: import the pickles first, then `pull` the model "
             "with --quant"
         )
-    _check_options(in_place=in_place, delete_original=delete_original, quant=quant)
-    options = BuildOptions(dtype, StoredForm(in_place, quant, quant_device), allow_pickle)
-    _build(name, path.expanduser(), store, options)
+    _check_form(form, delete_original=delete_original)
+    _build(name, path.expanduser(), store, BuildOptions(dtype, form, allow_pickle))
     if delete_original:
         _delete_original(name, path.expanduser(), store)
 
 
-def _check_options(*, in_place: bool, delete_original: bool, quant: str | None) -> None:
-    if in_place and delete_original:
+def _form(in_place: bool, quant: str | None, target: str | None, quant_device: str) -> StoredForm:
+    with wrong_calls():
+        nbytes = None if target is None else parse_bytes(target, "quant-target-bytes")
+        return StoredForm(in_place, quant, nbytes, quant_device)
+
+
+def _check_form(form: StoredForm, *, delete_original: bool) -> None:
+    if form.in_place and delete_original:
         raise typer.BadParameter("--delete-original cannot go with --in-place, which reads from the original's files")
-    if in_place and quant:
-        raise typer.BadParameter("--in-place cannot go with --quant: packed weights are files of their own")
-    if quant and delete_original:
+    if form.is_packed and delete_original:
         raise typer.BadParameter(
             "--delete-original cannot go with --quant: packed weights do not hold all that the original does"
         )

@@ -7,6 +7,7 @@ from typing import Final, Protocol
 DOWNLOAD: Final = "download"
 BUILD: Final = "build"
 CONVERT: Final = "convert"
+MEASURE: Final = "measure"
 CHECK: Final = "check"
 
 

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,8 @@ from lamella_engine.manifest import (
 )
 from lamella_engine.packed_shard import write_packed
 from lamella_engine.progress import BUILD, Progress
+from lamella_engine.quant_mix import SizeTarget, find_mix
+from lamella_engine.quant_spec import QuantSpec
 from lamella_engine.shard_check import STAMPS_FILE, hash_file, hash_files, stamp_unless_recent, write_stamps
 from lamella_engine.shard_writer import (
     PART_SUFFIX,
@@ -75,7 +77,7 @@ def build(request: BuildRequest, model_directory: Path, progress: Progress) -> M
         CheckpointError: the source is corrupt or incomplete; nothing is left behind.
         DiskFull: there is no room (nothing was written), or it went away (finished shards are kept).
     """
-    planned = _plan(request, model_directory)
+    planned = _plan(request, model_directory, progress)
     _remove_leftovers(model_directory, keep=planned.directory.name)
     finished = _finished_shards(planned)
     needed_bytes = _check_room(planned, finished, model_directory)
@@ -94,7 +96,7 @@ def build(request: BuildRequest, model_directory: Path, progress: Progress) -> M
     return manifest
 
 
-def _plan(request: BuildRequest, model_directory: Path) -> _Build:
+def _plan(request: BuildRequest, model_directory: Path, progress: Progress) -> _Build:
     source = request.source
     fingerprint = source.fingerprint
     config = source.load_config()
@@ -109,7 +111,12 @@ def _plan(request: BuildRequest, model_directory: Path) -> _Build:
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"the config of {source.path} does not make a model: {error}") from error
     plan = convert.plan(built, source.conversions(built), request.dtype)
-    if request.quant is not None:
+    if isinstance(request.quant, SizeTarget):
+        target, device, store = request.quant, request.quant_device, model_directory.parent
+        _check_free(request.name, target.nbytes, 0, store)
+        mix = find_mix(plan, fingerprint, target, device, store, progress)
+        request = replace(request, quant=mix.spec)
+    if isinstance(request.quant, QuantSpec):
         check_quant(request.quant, plan)
     layers, originals = plan_layers(request, plan)
     shards = (plan_shard(ROOT_SHARD, plan.root, request.packing(None)), *layers)
@@ -173,17 +180,21 @@ def _check_room(planned: _Build, finished: dict[str, ShardRecord], model_directo
     block_bytes = 4096
     needed = sum(-(-shard.file_bytes // block_bytes) * block_bytes for shard in pending)
     needed += planned.request.source.companion_bytes + _BOOKKEEPING_BYTES * (1 + len(planned.shards) // 200)
-    free = shutil.disk_usage(_nearest_existing(model_directory)).free
     reusable = sum(path.stat().st_size for path in planned.directory.glob(f"*{PART_SUFFIX}"))
+    _check_free(planned.request.name, needed, reusable, model_directory.parent)
+    return needed
+
+
+def _check_free(name: str, needed: int, reusable: int, store: Path) -> None:
+    free = shutil.disk_usage(_nearest_existing(store)).free
     if free + reusable < needed:
         raise DiskFull(
-            f"the shards of {planned.request.name} need {needed:,} more bytes ({needed / 1e9:.1f} GB) and "
-            f"{model_directory.parent} has {free:,} free ({free / 1e9:.1f} GB). Nothing was written; free some space, "
-            "or name another store with LAMELLA_STORE or --store.",
+            f"the shards of {name} need {needed:,} more bytes ({needed / 1e9:.1f} GB) and {store} has {free:,} free "
+            f"({free / 1e9:.1f} GB). Nothing was written; free some space, or name another store with LAMELLA_STORE or "
+            "--store.",
             needed,
             free,
         )
-    return needed
 
 
 def _nearest_existing(path: Path) -> Path:

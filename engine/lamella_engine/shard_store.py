@@ -18,7 +18,6 @@ from lamella_engine import hub, hub_source, names, originals, shard_builder
 from lamella_engine.build_plan import BuildRequest
 from lamella_engine.device import resolve_device
 from lamella_engine.errors import ModelError, ModelNotFound, OptionError, ShardError
-from lamella_engine.formats import FORMATS
 from lamella_engine.gguf_checkpoint import GgufCheckpoint
 from lamella_engine.in_place import is_own_copy
 from lamella_engine.manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -28,12 +27,13 @@ from lamella_engine.options import DTYPES
 from lamella_engine.originals import Deleted
 from lamella_engine.pickled_checkpoint import PickledCheckpoint
 from lamella_engine.progress import Progress, silent
-from lamella_engine.quant_spec import QuantSpec, parse_quant
+from lamella_engine.quant_mix import SizeTarget
+from lamella_engine.quant_spec import QuantSpec
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_check import check_files, read_shards
 from lamella_engine.shard_writer import as_model_error, sync_directory
 from lamella_engine.stored_checkpoint import StoredCheckpoint
-from lamella_engine.stored_form import StoredForm, packed_variant
+from lamella_engine.stored_form import StoredForm, meaning_of, packed_variant
 from lamella_engine.weight_files import has_weights
 from lamella_engine.weight_source import SourceKind, WeightSource
 
@@ -62,7 +62,7 @@ class _Wanted:
     origin: Path | None
     dtype: str | None
     form: StoredForm = PLAIN
-    quant: QuantSpec | None = None
+    quant: QuantSpec | SizeTarget | None = None
 
 
 class ShardStore:
@@ -282,17 +282,17 @@ class ShardStore:
     def _formed(self, wanted: _Wanted, form: StoredForm) -> _Wanted:
         """`wanted` in the form that is asked for, or that its own name says."""
         base, variant = names.split_variant(wanted.name)
-        if form.quant is not None:
-            name, spec = packed_variant(wanted.name, form.quant)
-            return replace(wanted, name=name, form=form, quant=spec)
+        if form.is_packed:
+            name, quant = packed_variant(wanted.name, form)
+            return replace(wanted, name=name, form=form, quant=quant)
         if variant is None or self._is_published(wanted.name):
             return replace(wanted, form=form)
-        if variant not in FORMATS:
+        if (meant := meaning_of(variant)) is None:
             raise ModelNotFound(
                 f"{self._not_found(wanted.name)}. What {variant!r} stands for is not known here; build it with "
                 f"`lamella models pull {base} --quant ...`"
             )
-        return replace(wanted, form=form, quant=parse_quant(variant))
+        return replace(wanted, form=form, quant=meant)
 
     def _local(self, wanted: _Wanted) -> WeightSource | None:
         """The checkpoint on this host that was named; None if none was, or only the model built from it is left."""
