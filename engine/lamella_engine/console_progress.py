@@ -11,7 +11,15 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lamella_engine.byte_size import byte_size
 
@@ -20,10 +28,15 @@ _PACKAGE = "lamella_engine"
 
 
 class ConsoleProgress:
-    """A `progress.Progress` for people; use it as a context manager, from one thread."""
+    """A `progress.Progress` for people; use it as a context manager, from one thread.
 
-    def __init__(self) -> None:
-        self._bar = _bar() if sys.stderr.isatty() else None
+    Args:
+        unit: what is counted instead of bytes, such as ``tokens``.
+    """
+
+    def __init__(self, unit: str | None = None) -> None:
+        self._unit = unit
+        self._bar = _bar(unit) if sys.stderr.isatty() else None
         self._phases: dict[str, TaskID] = {}
         self._last: dict[str, tuple[float, bool]] = {}
         self._logs = _ShownLogs(self)
@@ -68,7 +81,10 @@ class ConsoleProgress:
             return
         self._last[phase] = (now, is_done)
         percent = f" ({100 * done_bytes // total_bytes} %)" if total_bytes else ""
-        self.say(f"{phase}: {byte_size(done_bytes)} of {byte_size(total_bytes)}{percent}")
+        self.say(f"{phase}: {self._done_of(done_bytes, total_bytes)}{percent}")
+
+    def _done_of(self, done: int, total: int) -> str:
+        return f"{byte_size(done)} of {byte_size(total)}" if self._unit is None else f"{done} of {total} {self._unit}"
 
 
 class _ShownLogs(logging.Handler):
@@ -94,6 +110,7 @@ class _ShownLogs(logging.Handler):
         self._console.say(record.getMessage())
 
 
-def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+def _bar(unit: str | None) -> Progress:
+    amount = DownloadColumn(binary_units=True) if unit is None else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))

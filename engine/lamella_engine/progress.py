@@ -9,6 +9,7 @@ BUILD: Final = "build"
 CONVERT: Final = "convert"
 MEASURE: Final = "measure"
 CHECK: Final = "check"
+MEASURE: Final = "measure"  # counts tokens instead of bytes
 
 
 class Progress(Protocol):

@@ -69,8 +69,8 @@ class StateForward:
         """Whether a state has transformers' usual cache from the start; other families make their own."""
         return self._cache_name not in (None, "state") and bool(self._model._supports_default_dynamic_cache())
 
-    def __call__(self, state: SequenceState, token_ids: Sequence[int]) -> torch.Tensor:
-        """Add `token_ids` to `state`; the logits of the last one, [vocabulary].
+    def __call__(self, state: SequenceState, token_ids: Sequence[int], rows: int | None = None) -> torch.Tensor:
+        """Add `token_ids` to `state`; logits of the last one, [vocabulary], or of the last `rows`, [rows, vocabulary].
 
         After a failure the state is of no more use.
         """
@@ -78,16 +78,16 @@ class StateForward:
         if is_first:
             state.cache = self._new_cache()
         state.token_ids.extend(token_ids)
-        output = self._model(**self._inputs(state, len(token_ids), is_first=is_first), return_dict=True)
+        output = self._model(**self._inputs(state, len(token_ids), rows or 1, is_first=is_first), return_dict=True)
         if self._cache_name is not None:
             if self._cache_name in output:  # else the one that was given was changed in place
                 state.cache = output[self._cache_name]
             if len(token_ids) > 1:
                 _let_go_of_the_unseen(state.cache)
-        logits: torch.Tensor = output.logits[0, -1]
+        logits: torch.Tensor = output.logits[0, -1] if rows is None else output.logits[0, -rows:]
         return logits
 
-    def _inputs(self, state: SequenceState, count: int, *, is_first: bool) -> dict[str, object]:
+    def _inputs(self, state: SequenceState, count: int, rows: int, *, is_first: bool) -> dict[str, object]:
         """Arguments for the family's forward, made by its own rules for generating."""
         ids = torch.tensor([state.token_ids], device=self._device)
         known: dict[str, object] = {"use_cache": self._cache_name is not None}
@@ -97,7 +97,7 @@ class StateForward:
             mask = torch.ones_like(ids)
             known["position_ids"] = self._model._prepare_position_ids_for_generation(ids, {"attention_mask": mask})
         if self._keeps_rows:
-            known["logits_to_keep"] = 1
+            known["logits_to_keep"] = rows
         inputs: dict[str, object] = self._model.prepare_inputs_for_generation(
             ids, next_sequence_length=None if is_first else count, is_first_iteration=is_first, **known
         )

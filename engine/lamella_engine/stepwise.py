@@ -7,7 +7,7 @@ runs at the same time. `sweep` brings the layers; `sequence_state` is what a for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import nn
 
 from lamella_engine.errors import EngineError
 from lamella_engine.sequence_state import SequenceState
+
+Forward = tuple[SequenceState, Callable[[], torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,18 @@ class _AtLayer:
 
 @dataclass(frozen=True)
 class _AtHead:
-    """A forward waits for the logits of `hidden`, [..., 1, width]."""
+    """A forward waits for the logits of `hidden`, [..., rows, width]."""
 
     hidden: torch.Tensor
 
 
 class _Runner(greenlet):
-    """One sequence's forward."""
+    """One sequence's forward; of the last `rows` positions the logits are wanted."""
 
-    def __init__(self, state: SequenceState, forward: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, state: SequenceState, forward: Callable[[], torch.Tensor], rows: int) -> None:
         super().__init__(forward)
         self.state = state
+        self.rows = rows
 
 
 class SideBySide:
@@ -91,41 +94,72 @@ class SideBySide:
 
     def run(
         self,
-        forwards: Sequence[tuple[SequenceState, Callable[[], torch.Tensor]]],
+        forwards: Sequence[Forward],
         begin_layer: Callable[[int], None],
         end_layer: Callable[[int], None],
+        rows: Sequence[int] | None = None,
     ) -> list[torch.Tensor]:
         """What each of `forwards`, which work on a state each, returns.
 
-        `begin_layer` and `end_layer` are called around each layer, for all of them at once.
+        `begin_layer` and `end_layer` are called around each layer, for all of them at once. The head gives each one
+        the logits of its last position, or of its last ``rows[i]`` positions.
 
         Raises:
             EngineError: a forward did not call the layers once each, in order.
         """
-        runners = [_Runner(state, forward) for state, forward in forwards]
+        runners = _runners(forwards, rows)
         try:
-            news = [runner.switch() for runner in runners]
-            for index in range(self._num_layers):
-                self._check_arrival(news, index)
-                begin_layer(index)
-                news = [runner.switch() for runner in runners]
-                end_layer(index)
+            news = self._pass_layers(runners, begin_layer, end_layer)
             while any(isinstance(item, _AtHead) for item in news):
                 news = self._pass_head(runners, news)
             self._check_arrival([item for item in news if isinstance(item, _AtLayer)], None)
             return news
         finally:
-            for runner in runners:
-                _end(runner)
+            _end_all(runners)
+
+    def run_each(
+        self,
+        forwards: Sequence[Forward],
+        begin_layer: Callable[[int], None],
+        end_layer: Callable[[int], None],
+        rows: Sequence[int],
+    ) -> Iterator[torch.Tensor]:
+        """As `run`, but the head is called for one forward after the other, each time its result is asked for.
+
+        So the logits of many positions need not be there for all of them together.
+        """
+        runners = _runners(forwards, rows)
+        try:
+            for index, item in enumerate(self._pass_layers(runners, begin_layer, end_layer)):
+                news = [item]
+                while isinstance(news[0], _AtHead):
+                    news = self._pass_head(runners[index : index + 1], news)
+                self._check_arrival([item for item in news if isinstance(item, _AtLayer)], None)
+                yield news[0]
+        finally:
+            _end_all(runners)
+
+    def _pass_layers(
+        self, runners: Sequence[greenlet], begin_layer: Callable[[int], None], end_layer: Callable[[int], None]
+    ) -> list[Any]:
+        """What became of everyone after the last layer."""
+        news = [runner.switch() for runner in runners]
+        for index in range(self._num_layers):
+            self._check_arrival(news, index)
+            begin_layer(index)
+            news = [runner.switch() for runner in runners]
+            end_layer(index)
+        return news
 
     def _pass_head(self, runners: Sequence[greenlet], news: list[Any]) -> list[Any]:
         """Logits of all who wait for them in one product, and what became of everyone after it."""
         waiting = [index for index, item in enumerate(news) if isinstance(item, _AtHead)]
         assert self._head is not None, "who waits has called it"
         rows = [news[index].hidden for index in waiting]
-        logits = self._head(torch.cat([row.reshape(-1, row.shape[-1]) for row in rows]))
+        flat = [row.reshape(-1, row.shape[-1]) for row in rows]
+        logits = self._head(torch.cat(flat))
         after = list(news)
-        for index, row, part in zip(waiting, rows, logits.unbind(), strict=True):
+        for index, row, part in zip(waiting, rows, torch.split(logits, [len(each) for each in flat]), strict=True):
             after[index] = runners[index].switch(part.reshape(*row.shape[:-1], -1))
         return after
 
@@ -176,8 +210,10 @@ def _waiting(index: int, forward: Callable[..., Any], kept: Sequence[_Attribute]
 
 
 def _ask_head(hidden: torch.Tensor) -> torch.Tensor:
-    """Only the last position's logits are wanted; some families ask for those of all positions."""
-    logits: torch.Tensor = _give_way(_AtHead(hidden[..., -1:, :]))
+    """Mostly only the last position's logits are wanted; some families ask for those of all positions."""
+    runner = getcurrent()
+    rows = runner.rows if isinstance(runner, _Runner) else 1
+    logits: torch.Tensor = _give_way(_AtHead(hidden[..., -rows:, :]))
     return logits
 
 
@@ -188,7 +224,13 @@ def _give_way(news: _AtLayer | _AtHead) -> Any:
     return runner.parent.switch(news)
 
 
-def _end(runner: greenlet) -> None:
-    """Unwind a forward that waits; its own clean-up may not stop it."""
-    while runner and not runner.dead:
-        runner.throw(GreenletExit)
+def _runners(forwards: Sequence[Forward], rows: Sequence[int] | None) -> list[_Runner]:
+    counts = rows or [1] * len(forwards)
+    return [_Runner(state, forward, count) for (state, forward), count in zip(forwards, counts, strict=True)]
+
+
+def _end_all(runners: Sequence[greenlet]) -> None:
+    """Unwind the forwards that wait; their own clean-up may not stop it."""
+    for runner in runners:
+        while runner and not runner.dead:
+            runner.throw(GreenletExit)

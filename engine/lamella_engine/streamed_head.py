@@ -43,16 +43,25 @@ class StreamedHead:
             shape = (high - low, *spec.shape[1:])
             self._blocks.append((low, high, TensorSpec(spec.name, spec.dtype, shape, 0, (high - low) * row_bytes)))
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of all blocks."""
+        return self._blocks[-1][1]
+
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` [..., width] -> logits [..., vocabulary]."""
-        logits = hidden.new_empty((*hidden.shape[:-1], self._blocks[-1][1]))
+        logits = hidden.new_empty((*hidden.shape[:-1], self.vocabulary))
+        self.fill(hidden, logits)
+        return logits
+
+    def fill(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """Write the logits of `hidden` [..., width] to `logits` [..., vocabulary], on whatever device that is."""
         for number, (low, high, spec) in enumerate(self._blocks, self._first_piece):
             slot = self._stream.acquire(number)
             weight = self._in_dtype(tensor_view(slot.tensor, spec), hidden.dtype)
             bias = None if self._bias is None else self._bias[low:high]
             logits[..., low:high] = linear(hidden, weight, bias)
             self._stream.release(number)
-        return logits
 
     def _in_dtype(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if stored.dtype == dtype:

@@ -6,7 +6,7 @@ stream brings. `Model.forward` of transformers is kept as it is; only the layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +30,11 @@ from lamella_engine.layer_graphs import DecodeBucket, LayerGraphs, RecordError
 from lamella_engine.model_sizes import sizes_of_sharded
 from lamella_engine.packing import Pack, PackedSweep, Span
 from lamella_engine.placement import Plan, Tier
+from lamella_engine.row_logits import RowLogits
 from lamella_engine.sequence_state import StateForward
 from lamella_engine.shard import ShardedModel
 from lamella_engine.state_pool import StatePool, unit_bytes
-from lamella_engine.stepwise import SideBySide, StepPack, StepSpan
+from lamella_engine.stepwise import Forward, SideBySide, StepPack, StepSpan
 from lamella_engine.timeline import Timeline
 from lamella_engine.weight_stream import BoundSlot, WeightStream
 from lamella_engine.workspace import bytes_beside, gather_tokens
@@ -114,6 +115,8 @@ class SweepModel:
             )
         else:
             self._model.set_attn_implementation(IMPLEMENTATION)
+            owner = self._model.get_submodule(built.layers_path.rpartition(".")[0])
+            self._row_logits = RowLogits(owner, self._model.get_output_embeddings())
             for index, layer in enumerate(built.layers):
                 layer.forward = self._streamed(index, layer.forward)
 
@@ -152,26 +155,46 @@ class SweepModel:
             ShardError: a shard could not be read.
             EngineError: the model did not call its layers once each, in order.
         """
-        if self._is_interrupted:
-            self._stream.rewind()
-        else:
-            self._stream.end_sweep()
-        self._is_interrupted = True
-        self._layers_run = 0
-        before = self._moved_bytes()
+        before = self._begin_sweep(pack)
         with torch.inference_mode():
             if isinstance(pack, StepPack):
-                self._stream.expect(pack.num_tokens)
-                logits = self._run_steps(pack)
+                logits = torch.stack(self._side_by_side.run(self._steps(pack), self._bring_layer, self._stream.release))
             else:
                 assert isinstance(cache, KVCache), "`open_pool` gave it"
-                self._stream.expect(pack.input_ids.shape[-1])
                 logits = self._run_row(pack, cache)
             logits = logits.float()
-        self._is_interrupted = False
-        self.timeline.add_sweep_bytes(*self._tier_bytes)
-        self.swept_bytes = self._moved_bytes() - before
+        self._end_sweep(before)
         return logits
+
+    def run_rows(
+        self, pack: Pack | StepPack, cache: KVCache | StatePool, counts: Sequence[int], piece_rows: int
+    ) -> Iterator[torch.Tensor]:
+        """Run one sweep as `run` does, for logits of each span's last `counts[i]` tokens, in pieces.
+
+        The whole sweep runs before the first piece; nothing else may run until the last one, or until the iterator is
+        closed. What is held besides a piece: on the packed path nothing, unless the head streams, then the logits of
+        all rows in host memory; on the stepwise path those of one span, of all of them where the head streams.
+
+        Returns:
+            Logits, float32 [at most `piece_rows`, vocabulary], in the order in which the spans were packed; a piece
+            belongs to one span.
+
+        Raises:
+            As `run`.
+        """
+        before = self._begin_sweep(pack)
+        if isinstance(pack, StepPack):
+            pieces = self._step_pieces(pack, counts, piece_rows)
+        else:
+            assert isinstance(cache, KVCache), "`open_pool` gave it"
+            pieces = self._row_pieces(pack, cache, counts, piece_rows)
+        while True:
+            with torch.inference_mode():  # not across a yield: the caller would compute in it as well
+                piece = next(pieces, None)
+            if piece is None:
+                break
+            yield piece.float()
+        self._end_sweep(before)
 
     def close(self) -> None:
         """Stop reading and drop the weights; idempotent."""
@@ -191,23 +214,53 @@ class SweepModel:
         totals = self.timeline.totals()
         return totals.disk_bytes + (0 if self.plan.vram is None else totals.ram_bytes)
 
+    def _begin_sweep(self, pack: Pack | StepPack) -> int:
+        """From the first layer; bytes that had moved before."""
+        if self._is_interrupted:
+            self._stream.rewind()
+        else:
+            self._stream.end_sweep()
+        self._is_interrupted = True
+        self._layers_run = 0
+        before = self._moved_bytes()
+        self._stream.expect(pack.num_tokens if isinstance(pack, StepPack) else pack.input_ids.shape[-1])
+        return before
+
+    def _end_sweep(self, before: int) -> None:
+        self._is_interrupted = False
+        self.timeline.add_sweep_bytes(*self._tier_bytes)
+        self.swept_bytes = self._moved_bytes() - before
+
     def _run_row(self, pack: Pack, cache: KVCache) -> torch.Tensor:
+        logits = self._forward(pack, cache, **({"logits_to_keep": pack.last_rows} if self._keeps_rows else {}))
+        return logits if self._keeps_rows else logits[pack.last_rows]
+
+    def _row_pieces(self, pack: Pack, cache: KVCache, counts: Sequence[int], piece_rows: int) -> Iterator[torch.Tensor]:
+        last_rows = dict(zip(pack.order, pack.last_rows.tolist(), strict=True))
+        spans = (torch.arange(last_rows[index] - count + 1, last_rows[index] + 1) for index, count in enumerate(counts))
+        rows = [piece.to(self.device) for span in spans for piece in torch.split(span, piece_rows)]
+        return self._row_logits.pieces(lambda: self._forward(pack, cache), rows)
+
+    def _forward(self, pack: Pack, cache: KVCache, **options: object) -> torch.Tensor:
+        """Logits as the model's own forward gives them, [rows, vocabulary]."""
         with sweep_attention(pack, cache, self._windows, self._slopes):
-            output = self._model(
-                input_ids=pack.input_ids,
-                position_ids=pack.position_ids,
-                use_cache=False,
-                **({"logits_to_keep": pack.last_rows} if self._keeps_rows else {}),
-            )
+            output = self._model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, **options)
         if self._layers_run != len(self._bindings):
             raise EngineError(f"the model ran {self._layers_run} of its {len(self._bindings)} layers in this sweep")
-        logits: torch.Tensor = output.logits[0] if self._keeps_rows else output.logits[0, pack.last_rows]
+        logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _run_steps(self, pack: StepPack) -> torch.Tensor:
+    def _steps(self, pack: StepPack, counts: Sequence[int | None] = ()) -> list[Forward]:
         assert self._state_forward is not None, "`pack` made it"
-        steps = [(span.state, partial(self._state_forward, span.state, span.token_ids)) for span in pack.spans]
-        return torch.stack(self._side_by_side.run(steps, self._bring_layer, self._stream.release))
+        return [
+            (span.state, partial(self._state_forward, span.state, span.token_ids, rows))
+            for span, rows in zip(pack.spans, counts or [None] * len(pack.spans), strict=True)
+        ]
+
+    def _step_pieces(self, pack: StepPack, counts: Sequence[int], piece_rows: int) -> Iterator[torch.Tensor]:
+        run = self._side_by_side.run if self.plan.head.num_blocks else self._side_by_side.run_each
+        for logits in run(self._steps(pack, counts), self._bring_layer, self._stream.release, counts):
+            yield from torch.split(logits, piece_rows)
 
     def _bring_layer(self, index: int) -> None:
         self._bindings[index].bind(self._stream.acquire(index))
