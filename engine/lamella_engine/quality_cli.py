@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from lamella_engine import names
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli import ExpertCacheOption, StoreOption, plain_errors, wrong_calls
+from lamella_engine.cli import ExpertCacheOption, QuantOption, StoreOption, plain_errors, wrong_calls
 from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.device import resolve_device
 from lamella_engine.errors import OptionError
@@ -24,8 +25,8 @@ from lamella_engine.quality import DEFAULT_TOKENS, QualityReport, QualityRequest
 from lamella_engine.quality_figures import Figure
 from lamella_engine.quality_text import read_text
 from lamella_engine.quant_spec import parse_quant
-from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_store import ShardStore, default_store_root
+from lamella_engine.stored_form import StoredForm
 from lamella_engine.sweep_profile import plain_console
 
 app = typer.Typer(name="quality", pretty_exceptions_enable=False, add_completion=False)
@@ -34,9 +35,7 @@ app = typer.Typer(name="quality", pretty_exceptions_enable=False, add_completion
 @app.command()
 def quality(  # noqa: PLR0913  a command has as many arguments as options
     model: Annotated[str, typer.Argument(help="A name in the store or on the hub, a directory or a .gguf file.")],
-    quant: Annotated[
-        str | None, typer.Option("--quant", help='What to measure: "int8", "nf4,lm_head=int8", ...')
-    ] = None,
+    quant: QuantOption = None,
     text: Annotated[Path | None, typer.Option("--text", help="A UTF-8 file; else the novel that ships.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens scored at most.")] = DEFAULT_TOKENS,
     window: Annotated[
@@ -60,7 +59,7 @@ def quality(  # noqa: PLR0913  a command has as many arguments as options
 ) -> None:
     """Measure perplexity, divergence and agreement of a packed model against full precision."""
     with plain_errors(), wrong_calls():
-        spec = _spec(quant, dtype, reference_dtype)
+        spec = _spec(model, quant, (dtype, reference_dtype))
         _check_dtype(reference_dtype)
         options = EngineOptions(
             store=store or default_store_root(),
@@ -81,31 +80,38 @@ def quality(  # noqa: PLR0913  a command has as many arguments as options
 
 def _measure(model: str, spec: str | None, request: QualityRequest) -> QualityReport:
     options = request.options
+    base = _base_of(model)
     with ConsoleProgress() as progress:
         opened = ShardStore(options.store)
-        reference = candidate = opened.ensure(model, offline=options.offline, progress=progress)
-        if spec is not None:
-            candidate = _packed(opened, model, spec, options, progress)
+        reference = candidate = opened.ensure(base or model, offline=options.offline, progress=progress)
+        if spec is not None or base is not None:
+            form = StoredForm(quant=spec, quant_device=options.device)
+            candidate = opened.ensure(model, form=form, offline=options.offline, progress=progress)
     with ConsoleProgress(unit="tokens") as progress:
         return run_quality(reference, candidate, request, progress)
 
 
-def _packed(
-    store: ShardStore, model: str, spec: str, options: EngineOptions, progress: ConsoleProgress
-) -> ShardedModel:
-    return store.ensure(model, offline=options.offline, progress=progress, quant=spec)  # type: ignore[call-arg]  # merged next
+def _base_of(model: str) -> str | None:
+    """The model that `model` is a packed form of, by its name; None for a model itself, or a path."""
+    if not names.is_model_name(model):
+        return None
+    base, variant = names.split_variant(model)
+    return None if variant is None else base
 
 
-def _spec(quant: str | None, dtype: str | None, reference_dtype: str | None) -> str | None:
-    """The specification in one way of writing; None where nothing is packed and only compute types differ.
+def _spec(model: str, quant: str | None, dtypes: tuple[str | None, str | None]) -> str | None:
+    """What to pack, in one way of writing; None where the name says it, or only compute types differ.
 
     Raises:
         OptionError: it cannot be understood, or there is nothing to compare.
     """
     spec = None if quant is None else parse_quant(quant)
     if spec is not None and not spec.packs_nothing:
+        if (base := _base_of(model)) is not None:
+            raise OptionError(f"{model} is packed already; give --quant with {base}, or leave it out")
         return str(spec)
-    if reference_dtype is None or reference_dtype == dtype:
+    dtype, reference_dtype = dtypes
+    if _base_of(model) is None and (reference_dtype is None or reference_dtype == dtype):
         raise OptionError(
             "there is nothing to compare: say what to pack with --quant, such as --quant int8, or give --dtype and "
             "--reference-dtype to compare two compute types"
@@ -127,7 +133,7 @@ def _device_budget(vram: str | None, device: str) -> str:
 def _print(report: QualityReport, spec: str | None) -> None:
     console = plain_console()
     figures, full, packed = report.figures, report.reference, report.candidate
-    name = spec or packed.dtype
+    name = spec or (packed.name.rpartition("~")[2] if packed.name != full.name else packed.dtype)
     console.print(
         f"{full.name}: {name} ({byte_size(packed.size_bytes)}, computed in {packed.dtype}) against full precision "
         f"({byte_size(full.size_bytes)}, computed in {full.dtype}), on {report.device}",
