@@ -9,7 +9,7 @@ given all rows together, and its logits wait in host memory. `sweep` calls this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lamella_engine.packing import Pack
 from lamella_engine.streamed_head import StreamedHead
 
 Ask = Callable[[], torch.Tensor]
@@ -34,7 +35,7 @@ class RowLogits:
         self._backbone = backbone
         self._head = head
 
-    def pieces(self, ask: Ask, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def pieces(self, ask: Ask, rows: Sequence[torch.Tensor]) -> Generator[torch.Tensor, None, None]:
         """Logits of the rows `rows[i]` (int64), piece by piece; nothing else may run the model meanwhile.
 
         Args:
@@ -52,7 +53,7 @@ class RowLogits:
 
     def _through_streamed(
         self, streamed: StreamedHead, kept: _Kept, ask: Ask, rows: Sequence[torch.Tensor]
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         given = _Listening(streamed.vocabulary)
         with _replaced(self._head, given):
             for piece in rows:
@@ -100,6 +101,13 @@ class _Listening:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         self.hidden.append(hidden)
         return hidden.new_zeros((*hidden.shape[:-1], self._vocabulary))
+
+
+def rows_of(pack: Pack, counts: Sequence[int], piece_rows: int) -> list[torch.Tensor]:
+    """Rows of the last `counts[i]` tokens of each span, in the order in which they were packed, in pieces of a span."""
+    last_rows = dict(zip(pack.order, pack.last_rows.tolist(), strict=True))
+    spans = [torch.arange(last_rows[index] - count + 1, last_rows[index] + 1) for index, count in enumerate(counts)]
+    return [piece.to(pack.input_ids.device) for span in spans for piece in torch.split(span, piece_rows)]
 
 
 @contextmanager

@@ -6,8 +6,8 @@ stream brings. `Model.forward` of transformers is kept as it is; only the layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -30,7 +30,7 @@ from lamella_engine.layer_graphs import DecodeBucket, LayerGraphs, RecordError
 from lamella_engine.model_sizes import sizes_of_sharded
 from lamella_engine.packing import Pack, PackedSweep, Span
 from lamella_engine.placement import Plan, Tier
-from lamella_engine.row_logits import RowLogits
+from lamella_engine.row_logits import RowLogits, rows_of
 from lamella_engine.sequence_state import StateForward
 from lamella_engine.shard import ShardedModel
 from lamella_engine.state_pool import StatePool, unit_bytes
@@ -168,7 +168,7 @@ class SweepModel:
 
     def run_rows(
         self, pack: Pack | StepPack, cache: KVCache | StatePool, counts: Sequence[int], piece_rows: int
-    ) -> Iterator[torch.Tensor]:
+    ) -> Generator[torch.Tensor, None, None]:
         """Run one sweep as `run` does, for logits of each span's last `counts[i]` tokens, in pieces.
 
         The whole sweep runs before the first piece; nothing else may run until the last one, or until the iterator is
@@ -188,12 +188,13 @@ class SweepModel:
         else:
             assert isinstance(cache, KVCache), "`open_pool` gave it"
             pieces = self._row_pieces(pack, cache, counts, piece_rows)
-        while True:
-            with torch.inference_mode():  # not across a yield: the caller would compute in it as well
-                piece = next(pieces, None)
-            if piece is None:
-                break
-            yield piece.float()
+        with closing(pieces):
+            while True:
+                with torch.inference_mode():  # not across a yield: the caller would compute in it as well
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                yield piece.float()
         self._end_sweep(before)
 
     def close(self) -> None:
@@ -235,11 +236,10 @@ class SweepModel:
         logits = self._forward(pack, cache, **({"logits_to_keep": pack.last_rows} if self._keeps_rows else {}))
         return logits if self._keeps_rows else logits[pack.last_rows]
 
-    def _row_pieces(self, pack: Pack, cache: KVCache, counts: Sequence[int], piece_rows: int) -> Iterator[torch.Tensor]:
-        last_rows = dict(zip(pack.order, pack.last_rows.tolist(), strict=True))
-        spans = (torch.arange(last_rows[index] - count + 1, last_rows[index] + 1) for index, count in enumerate(counts))
-        rows = [piece.to(self.device) for span in spans for piece in torch.split(span, piece_rows)]
-        return self._row_logits.pieces(lambda: self._forward(pack, cache), rows)
+    def _row_pieces(
+        self, pack: Pack, cache: KVCache, counts: Sequence[int], piece_rows: int
+    ) -> Generator[torch.Tensor, None, None]:
+        return self._row_logits.pieces(lambda: self._forward(pack, cache), rows_of(pack, counts, piece_rows))
 
     def _forward(self, pack: Pack, cache: KVCache, **options: object) -> torch.Tensor:
         """Logits as the model's own forward gives them, [rows, vocabulary]."""
@@ -257,7 +257,9 @@ class SweepModel:
             for span, rows in zip(pack.spans, counts or [None] * len(pack.spans), strict=True)
         ]
 
-    def _step_pieces(self, pack: StepPack, counts: Sequence[int], piece_rows: int) -> Iterator[torch.Tensor]:
+    def _step_pieces(
+        self, pack: StepPack, counts: Sequence[int], piece_rows: int
+    ) -> Generator[torch.Tensor, None, None]:
         run = self._side_by_side.run if self.plan.head.num_blocks else self._side_by_side.run_each
         for logits in run(self._steps(pack, counts), self._bring_layer, self._stream.release, counts):
             yield from torch.split(logits, piece_rows)
