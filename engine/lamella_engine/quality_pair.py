@@ -164,6 +164,7 @@ def _open(request: PairRequest, device: torch.device, resources: ExitStack) -> M
                 continue
             resources.push(attempt.pop_all())
         pair = ModelPair(*models, request.window_tokens, request.scored_tokens)
+        pair.windows_per_sweep = min(count, pair.windows_per_sweep)
         resources.callback(pair.reference.pool.close)
         resources.callback(pair.candidate.pool.close)
         return pair
@@ -179,7 +180,7 @@ def _options(request: PairRequest, built: Architecture, count: int) -> EngineOpt
     """Room for `count` windows, and for a piece of logits."""
     vocabulary = int(built.config.vocab_size)
     is_stepwise = built.path is FamilyPath.STEPWISE
-    rows = -(-piece_rows(vocabulary) * _COMPARED_BYTES // _PLANNED_BYTES)
+    rows = -(-min(piece_rows(vocabulary), request.scored_tokens) * _COMPARED_BYTES // _PLANNED_BYTES)
     sequences = max(rows, request.scored_tokens) if is_stepwise else rows
     pages = pages_for(request.window_tokens + (_STATE_TOKENS if is_stepwise else 0))
     return replace(
