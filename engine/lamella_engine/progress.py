@@ -7,7 +7,7 @@ from typing import Final, Protocol
 DOWNLOAD: Final = "download"
 BUILD: Final = "build"
 CONVERT: Final = "convert"
-MEASURE: Final = "measure"
+TRY_PACKING: Final = "try packing"
 CHECK: Final = "check"
 MEASURE: Final = "measure"  # counts tokens instead of bytes
 

@@ -24,7 +24,7 @@ from lamella_engine.byte_size import byte_size
 from lamella_engine.convert import ModelPlan, ShardPlan
 from lamella_engine.errors import CheckpointError, OptionError
 from lamella_engine.formats import FORMATS, Format, packing_error
-from lamella_engine.progress import MEASURE, Progress
+from lamella_engine.progress import TRY_PACKING, Progress
 from lamella_engine.quant_spec import FULL, QuantSpec, Rule, TensorName
 from lamella_engine.shard_writer import lay_out, size_of
 
@@ -214,7 +214,7 @@ def _measure(
             known |= {(each.layer, each.name): each for each in new}
         measured += [known[layer, name] for name in names]
         done += sum(map(size_of, shard.tensors))
-        progress(MEASURE, done, total)
+        progress(TRY_PACKING, done, total)
     return measured
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lamella_engine import Engine, EngineOptions, Sampling, ShardStore
 from lamella_engine.cli import app
 from lamella_engine.errors import ModelNotFound, OptionError
-from lamella_engine.progress import MEASURE
+from lamella_engine.progress import TRY_PACKING
 from lamella_engine.quant_mix import MEASURED_DIRECTORY, Choice, Measured, SizeTarget, pick
 from lamella_engine.stored_form import StoredForm
 from tests import tiny_models
@@ -138,7 +138,7 @@ def test_measuring_is_told_to_its_end(wide: Path, tmp_path: Path) -> None:
         "m",
         source=wide,
         form=StoredForm(quant_target_bytes=1700 * KIB),
-        progress=lambda phase, done, total: told.append((done, total)) if phase == MEASURE else None,
+        progress=lambda phase, done, total: told.append((done, total)) if phase == TRY_PACKING else None,
     )
 
     assert told == sorted(told)
