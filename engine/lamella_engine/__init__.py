@@ -13,7 +13,8 @@ In the order data flows through them:
 - `quant_spec`, `formats`, `packed_shard`, `quant_mix`, `stored_form`: which weights are stored in fewer bytes, and how.
 - `open_source`, `stored_checkpoint`, `hub_source`: the place that weights come from, opened.
 - `convert`, `build_plan`, `shard`, `shard_writer`, `in_place`, `shard_builder`, `manifest`, `shard_check`,
-  `model_lock`, `originals`, `shard_store`: one file per layer, built once, checked whenever it is opened.
+  `model_lock`, `model_use`, `store_room`, `originals`, `shard_store`: one file per layer, built once, checked whenever
+  it is opened, removed for room when nobody uses it.
 - `model_source`, `kv_shape`, `model_traits`, `inspection`: what a model is, from config and headers alone.
 - `placement`, `budget`, `device`, `compute_dtype`, `model_sizes`, `disk_speed`, `calibration`, `planner`, `workspace`,
   `reserve`, `spread`, `estimate`: where every byte will live and be computed, and what a sweep will take.
@@ -32,8 +33,8 @@ In the order data flows through them:
 - `texts`, `quality_text`, `quality_pair`, `row_logits`, `quality_figures`, `quality`: what a packed model loses, by the
   logits of many rows of a sweep.
 - `out_of_memory`, `batch_limit`: what an engine does about memory that is short in a sweep.
-- `auto_model`: the engine in one process, for scripts; `cli`, `plan_target`, `plan_report`, `plan_cli`, `bench_cli`,
-  `quality_cli`: in a shell, with `byte_size`, `progress` and `console_progress`.
+- `auto_model`: the engine in one process, for scripts; `cli_options`, `cli`, `inspect_report`, `plan_target`,
+  `plan_report`, `plan_cli`, `bench_cli`, `quality_cli`: in a shell, with `byte_size`, `progress`, `console_progress`.
 
 Names that need torch are loaded when they are first used, so that a process which only speaks to an engine elsewhere
 takes the plain data from here and never loads torch.

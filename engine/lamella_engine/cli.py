@@ -7,8 +7,7 @@ What is asked for goes to standard output, progress and errors to standard error
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,85 +17,56 @@ import typer
 from lamella_engine import inspection
 from lamella_engine.budget import parse_bytes
 from lamella_engine.byte_size import byte_size
+from lamella_engine.cli_options import (
+    DeleteOption,
+    DtypeOption,
+    InPlaceOption,
+    JsonOption,
+    QuantDeviceOption,
+    QuantOption,
+    QuantTargetOption,
+    StoredName,
+    StoreOption,
+    open_store,
+    plain_errors,
+    print_columns,
+    wrong_calls,
+)
 from lamella_engine.console_progress import ConsoleProgress
-from lamella_engine.errors import EngineError, ModelError, OptionError, PlanError
-from lamella_engine.inspection import CardFit, ModelFacts
+from lamella_engine.errors import ModelError, OptionError
+from lamella_engine.inspect_report import described_facts
 from lamella_engine.manifest import ORIGINAL, Manifest
-from lamella_engine.model_traits import Experts, Rotary
 from lamella_engine.names import check_model_name
-from lamella_engine.options import DTYPES
-from lamella_engine.shard_store import PLAIN, ShardStore, default_store_root
+from lamella_engine.shard_store import PLAIN
+from lamella_engine.store_room import Occupant
 from lamella_engine.stored_form import StoredForm
-
-EXIT_FAILED = 1
-EXIT_WRONG_CALL = 2
 
 app = typer.Typer(
     name="models",
-    help="The models of this host's shard cache: list, inspect, verify, remove, pull, import.",
+    help="The models of this host's shard cache: list, inspect, verify, remove, pull, import, quota, prune.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-def _check_dtype(value: str | None) -> str | None:
-    if value is not None and value not in DTYPES:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(DTYPES)}")
-    return value
-
-
-ExpertCacheOption = Annotated[
-    str, typer.Option("--expert-cache", help='Memory for layers that often visited experts get: "50%", auto.')
-]
-StoreOption = Annotated[
-    Path | None,
-    typer.Option("--store", help="Directory of the shard cache; else LAMELLA_STORE, else ~/.cache/lamella/shards."),
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option("--dtype", help=f"Store weights as {', '.join(DTYPES)}; else as they are.", callback=_check_dtype),
-]
-DeleteOption = Annotated[
-    bool,
-    typer.Option(
-        "--delete-original",
-        help="Then check every shard and delete the weights they were built from; never if that would lose anything.",
-    ),
-]
-QuantOption = Annotated[
-    str | None,
-    typer.Option("--quant", help="Pack weights: nf4, fp4, int8, lossless, or such as int8,layers.0-3=bf16."),
-]
-QuantTargetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--quant-target-bytes", help='Pack weights with the least error so that all take at most this: "4GiB".'
-    ),
-]
-QuantDeviceOption = Annotated[str, typer.Option("--quant-device", help="What packs: cpu, cuda:N or auto.")]
-InPlaceOption = Annotated[
-    bool,
-    typer.Option(
-        "--in-place", help="Read layers from the original's files, without a second copy, where they lie as needed."
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")]
-StoredName = Annotated[str, typer.Argument(help="The model's name in the store, as `list` shows it.")]
 
 
 @app.command("list")
 def list_models(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the models in the store."""
     with plain_errors():
-        manifests, damaged = _store(store).list(), _store(store).damaged()
+        opened = open_store(store)
+        manifests, damaged = opened.list(), opened.damaged()
+        occupants = {each.name: each for each in opened.room.occupants()}
     for error in damaged:
         typer.echo(f"warning: {error}", err=True)
+    listed = [(manifest, occupants[manifest.name]) for manifest in manifests if manifest.name in occupants]
     if as_json:
-        typer.echo(json.dumps([_summary(manifest) for manifest in manifests], indent=2))
-    elif not manifests:
-        typer.echo(f"no models in {_store(store).root}; add one with `pull NAME` or `import NAME PATH`")
+        typer.echo(json.dumps([_summary(*each) for each in listed], indent=2))
+    elif not listed:
+        typer.echo(f"no models in {opened.root}; add one with `pull NAME` or `import NAME PATH`")
     else:
-        _print_columns([("NAME", "FAMILY", "LAYERS", "DTYPE", "SIZE", "FROM"), *map(_row, manifests)])
+        print_columns(
+            [("NAME", "FAMILY", "LAYERS", "DTYPE", "SIZE", "LAST USED", "FROM"), *(_row(*each) for each in listed)]
+        )
 
 
 @app.command()
@@ -107,18 +77,18 @@ def inspect(
 ) -> None:
     """Show what a model is and what would fit where; reads config and headers only."""
     with plain_errors():
-        facts = inspection.inspect(model, _store(store))
+        facts = inspection.inspect(model, open_store(store))
     if as_json:
         typer.echo(json.dumps({**asdict(facts), "size_bytes": facts.size_bytes}, indent=2))
     else:
-        _print_columns(_described(facts))
+        print_columns(described_facts(facts))
 
 
 @app.command()
 def verify(name: StoredName, store: StoreOption = None) -> None:
     """Hash every shard of a model and compare with what was built."""
     with plain_errors():
-        opened = _store(store)
+        opened = open_store(store)
         opened.verify(name)
         manifest = opened.manifest(name)
     typer.echo(f"{name} is whole: {len(manifest.shards)} shards, {byte_size(manifest.size_bytes)}")
@@ -128,8 +98,50 @@ def verify(name: StoredName, store: StoreOption = None) -> None:
 def remove(name: StoredName, store: StoreOption = None) -> None:
     """Delete a model's shards from the store; the source they were built from is not touched."""
     with plain_errors():
-        _store(store).remove(name)
+        open_store(store).remove(name)
     typer.echo(f"removed {name}")
+
+
+@app.command()
+def quota(
+    size: Annotated[str | None, typer.Argument(help='What all models may take, such as "200GiB"; or none.')] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show or set what all models of the store may take; those unused for longest go when another needs room."""
+    with plain_errors(), wrong_calls():
+        room = open_store(store).room
+        if size is not None:
+            room.set_quota(None if size.strip().lower() == "none" else parse_bytes(size, "quota"))
+        limit, taken = room.quota, sum(each.nbytes for each in room.occupants())
+    if as_json:
+        typer.echo(json.dumps({"quota_bytes": limit, "taken_bytes": taken}))
+        return
+    allowed = "no quota is set" if limit is None else f"the quota is {byte_size(limit)}"
+    typer.echo(f"{allowed}; the models take {byte_size(taken)}")
+    if limit is not None and taken > limit:
+        typer.echo("that is more: `lamella models prune` removes what is not in use now", err=True)
+
+
+@app.command()
+def prune(
+    to: Annotated[
+        str | None, typer.Option("--to", help='Remove until all take this, "100GiB"; else the quota.')
+    ] = None,
+    store: StoreOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove the models that were not used for longest, until the rest fits; what is in use stays."""
+    with plain_errors(), wrong_calls():
+        room = open_store(store).room
+        most = room.quota if to is None else 0 if to.strip() == "0" else parse_bytes(to, "to")
+        if most is None:
+            raise OptionError("no quota is set; say how much may stay with --to, or set one with `models quota SIZE`")
+        removed = room.choose(most) if dry_run else room.shrink(most)
+    for each in removed:
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {each.name}: {byte_size(each.nbytes)}")
+    if not removed:
+        typer.echo("nothing has to go")
 
 
 @app.command()
@@ -216,7 +228,7 @@ class BuildOptions:
 
 def _build(name: str, source: Path | None, root: Path | None, options: BuildOptions) -> None:
     with plain_errors(), wrong_calls():
-        store = _store(root)
+        store = open_store(root)
         before = {manifest.name for manifest in store.list()}
         check_model_name(name)
         with ConsoleProgress() as progress:
@@ -236,7 +248,7 @@ def _build(name: str, source: Path | None, root: Path | None, options: BuildOpti
 
 def _delete_original(name: str, named: Path | None, root: Path | None) -> None:
     with plain_errors(), ConsoleProgress() as progress:
-        deleted = _store(root).delete_original(name, named, progress=progress)
+        deleted = open_store(root).delete_original(name, named, progress=progress)
     if deleted.files:
         typer.echo(f"deleted the original: {len(deleted.files)} files, {byte_size(deleted.nbytes)}")
     else:
@@ -255,37 +267,7 @@ def _by_name(name: str, source: Path | None) -> str:
     return name
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """One line instead of a stack trace for what can go wrong with models and files."""
-    try:
-        yield
-    except EngineError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from error
-    except OSError as error:
-        place = f" {error.filename}" if error.filename else ""
-        typer.echo(f"error: cannot use{place}: {error.strerror or error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from error
-
-
-@contextmanager
-def wrong_calls() -> Iterator[None]:
-    """An option that cannot work ends as a wrong call does; a plan that does not fit is no such thing."""
-    try:
-        yield
-    except PlanError:
-        raise
-    except OptionError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_WRONG_CALL) from error
-
-
-def _store(root: Path | None) -> ShardStore:
-    return ShardStore(root or default_store_root())
-
-
-def _summary(manifest: Manifest) -> dict[str, object]:
+def _summary(manifest: Manifest, occupant: Occupant) -> dict[str, object]:
     return {
         "name": manifest.name,
         "revision": manifest.revision,
@@ -295,92 +277,25 @@ def _summary(manifest: Manifest) -> dict[str, object]:
         "dtype": manifest.dtype,
         "num_layers": len(manifest.layers),
         "size_bytes": manifest.size_bytes,
+        "own_bytes": occupant.nbytes,
+        "used_at": occupant.used_at,
+        "is_in_use": occupant.is_in_use,
     }
 
 
-def _row(manifest: Manifest) -> tuple[str, ...]:
+def _row(manifest: Manifest, occupant: Occupant) -> tuple[str, ...]:
     size = byte_size(manifest.size_bytes)
-    return (manifest.name, manifest.family, str(len(manifest.layers)), manifest.dtype, size, manifest.source)
-
-
-def _dtype(facts: inspection.ModelFacts) -> str:
-    if not facts.packing:
-        return facts.dtype
-    return f"{facts.dtype}, {'stored as' if facts.found_in == 'store' else 'expanded from'} {facts.packing}"
-
-
-def _described(facts: ModelFacts) -> list[tuple[str, str]]:
-    rows = [
-        ("model", f"{facts.name} ({facts.found_in})"),
-        ("revision", facts.revision or "-"),
-        ("family", f"{facts.imported_from}, runs as {facts.family}" if facts.imported_from else facts.family),
-        ("runs here", "yes" if facts.obstacle is None else f"no: {facts.obstacle}"),
-        ("dtype", _dtype(facts)),
-        ("layers", _kinds(facts)),
-    ]
-    if facts.size_bytes:
-        rows += [
-            ("parameters", f"{facts.parameters:,}"),
-            ("size", byte_size(facts.size_bytes)),
-            ("layer size", _span(facts.layer_bytes_min, facts.layer_bytes_max)),
-            ("outside layers", f"{byte_size(facts.root_bytes)}, always resident"),
-        ]
-    if facts.experts is not None:
-        rows += [("experts", _experts(facts.experts, facts.num_layers))]
-        rows += [("a token meets", f"{facts.active_parameters:,} parameters")]
-    rows += [
-        ("hidden size", str(facts.hidden_size)),
-        ("attention heads", f"{facts.attention_heads or '-'}, key-value heads {_several(facts.kv_heads)}"),
-        ("head width", f"keys {_several(facts.key_widths)}, values {_several(facts.value_widths)}"),
-        *(("rotary", _rotary(rotary)) for rotary in facts.rotary),
-        *([("positions", "linear biases (ALiBi), a slope for each head")] if facts.has_linear_biases else []),
-        ("context", f"{facts.context_length} tokens" if facts.context_length else "no limit named"),
-        ("sliding window", f"{facts.sliding_window} tokens" if facts.sliding_window else "none"),
-        ("vocabulary", f"{facts.vocabulary}, embeddings {'tied' if facts.tied_embeddings else 'not tied'}"),
-        ("keys and values", f"at most {byte_size(facts.kv_bytes_per_token)} a token"),
-        ("state", f"at most {byte_size(facts.state_bytes)} a sequence" if facts.state_bytes else "none"),
-    ]
-    return rows + [(f"on {byte_size(card.card_bytes)}", _fit(card, facts)) for card in facts.cards]
-
-
-def _kinds(facts: ModelFacts) -> str:
-    kinds = (f"{count} of {kind.replace('_', ' ')}" for kind, count in facts.layer_kinds.items())
-    return f"{facts.num_layers}: {', '.join(kinds)}"
-
-
-def _experts(experts: Experts, num_layers: int) -> str:
-    shared = f", {byte_size(experts.shared_bytes)} in shared ones" if experts.shared_bytes else ""
     return (
-        f"{experts.count} of {byte_size(experts.expert_bytes)} in {experts.layers} of {num_layers} layers, a token "
-        f"visits {experts.routed}; {byte_size(experts.nbytes)} in all{shared}"
+        *(manifest.name, manifest.family, str(len(manifest.layers)), manifest.dtype),
+        *(size, _last_used(occupant), manifest.source),
     )
 
 
-def _rotary(rotary: Rotary) -> str:
-    parts = [rotary.kind] + ([] if rotary.base is None else [f"base {rotary.base:g}"])
-    parts += [] if rotary.share == 1.0 else [f"{rotary.share:.0%} of a head"]
-    parts += [] if rotary.factor is None else [f"context stretched {rotary.factor:g} times"]
-    return ", ".join(parts) + (f" ({rotary.layers.replace('_', ' ')})" if rotary.layers else "")
-
-
-def _fit(card: CardFit, facts: ModelFacts) -> str:
-    if not card.runs:
-        return "does not run: too small for what lies outside the layers, one layer and 2048 tokens of keys and values"
-    if card.resident_layers == facts.num_layers:
-        return "runs; there is room for the whole model"
-    return f"runs; beside the layers on their way there is room for {card.resident_layers} of {facts.num_layers}"
-
-
-def _span(low: int, high: int) -> str:
-    return byte_size(low) if low == high else f"{byte_size(low)} to {byte_size(high)}"
-
-
-def _several(values: Iterable[int]) -> str:
-    return " or ".join(str(value) for value in values) or "-"
-
-
-def _print_columns(rows: list[tuple[str, ...]] | list[tuple[str, str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        typer.echo("  ".join(cells).rstrip())
+def _last_used(occupant: Occupant) -> str:
+    if occupant.is_in_use:
+        return "in use"
+    passed_s = max(0.0, time.time() - occupant.used_at)
+    for unit_s, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if passed_s >= unit_s:
+            return f"{passed_s // unit_s:.0f} {unit} ago"
+    return "just now"

@@ -10,6 +10,8 @@ store::
     <store>/<model>/<build>/built.jsonl   shards finished so far, for resuming
     <store>/<model>/<build>/checked.json  which files were hashed when, so that they are not hashed again
     <store>/.locks/<model>.lock           held by the process that builds
+    <store>/.locks/<model>.use            held by the processes that have it open
+    <store>/.quota, <store>/.measured/    see `store_room` and `quant_mix`
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from lamella_engine.host_memory import HostMemory
 from lamella_engine.loader import Loader, resident_bytes
 from lamella_engine.model_sizes import sizes_of_sharded
 from lamella_engine.model_traits import ROUTED_COUNTS, first_whole
+from lamella_engine.model_use import using
 from lamella_engine.options import EngineOptions
 from lamella_engine.pieces import Piece, PlacedPiece, layer_piece, place_pieces
 from lamella_engine.placement import Bandwidths, Plan, Tier
@@ -153,6 +154,7 @@ def open_sweep_model(
     dtype = choose_dtype(wanted, stored, device, str(config.model_type))
     built = architecture.build(config, dtype)
     with ExitStack() as resources, _current(device):
+        resources.enter_context(using(sharded.directory.parent.parent, sharded.name))
         tier = resources.enter_context(RamTier(options.shared_memory, pinned=device.type == "cuda"))
         machine = machine or this_machine(sharded, device, dtype, options, tier)
         plan = plan or make_plan(sizes_of_sharded(sharded, built), machine.request(options))

@@ -16,7 +16,7 @@ import typer
 
 from lamella_engine.budget import parse_budget, parse_share
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli import ExpertCacheOption, StoreOption, plain_errors, wrong_calls
+from lamella_engine.cli_options import ExpertCacheOption, StoreOption, plain_errors, wrong_calls
 from lamella_engine.compute_dtype import choose_dtype
 from lamella_engine.errors import DiskFull, OptionError
 from lamella_engine.estimate import predict

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lamella_engine import names
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli import ExpertCacheOption, QuantOption, StoreOption, plain_errors, wrong_calls
+from lamella_engine.cli_options import ExpertCacheOption, QuantOption, StoreOption, plain_errors, wrong_calls
 from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.device import resolve_device
 from lamella_engine.errors import OptionError

@@ -69,8 +69,16 @@ class _Build:
     directory: Path
 
 
-def build(request: BuildRequest, model_directory: Path, progress: Progress) -> Manifest:
+def build(
+    request: BuildRequest, model_directory: Path, progress: Progress, make_room: Callable[[int], object]
+) -> Manifest:
     """Build and publish `request` in `model_directory`; an earlier, killed build of the same is continued.
+
+    Args:
+        request: what to build.
+        model_directory: where.
+        progress: told of every step.
+        make_room: called with the bytes that are still to be written, before the first of them.
 
     Raises:
         UnsupportedModel: the family cannot run here; nothing was written.
@@ -80,7 +88,7 @@ def build(request: BuildRequest, model_directory: Path, progress: Progress) -> M
     planned = _plan(request, model_directory, progress)
     _remove_leftovers(model_directory, keep=planned.directory.name)
     finished = _finished_shards(planned)
-    needed_bytes = _check_room(planned, finished, model_directory)
+    needed_bytes = _check_room(planned, finished, model_directory, make_room)
     with _cleaned_up(planned.directory, model_directory, needed_bytes):
         _make_directory(planned.directory)
         companions = _write_companions(planned)
@@ -174,12 +182,15 @@ def _recorded(path: Path) -> list[ShardRecord]:
     return records
 
 
-def _check_room(planned: _Build, finished: dict[str, ShardRecord], model_directory: Path) -> int:
+def _check_room(
+    planned: _Build, finished: dict[str, ShardRecord], model_directory: Path, make_room: Callable[[int], object]
+) -> int:
     """The bytes that have still to be written, if there is room for them."""
     pending = [shard for shard in planned.shards if shard.file not in finished]
     block_bytes = 4096
     needed = sum(-(-shard.file_bytes // block_bytes) * block_bytes for shard in pending)
     needed += planned.request.source.companion_bytes + _BOOKKEEPING_BYTES * (1 + len(planned.shards) // 200)
+    make_room(needed)
     reusable = sum(path.stat().st_size for path in planned.directory.glob(f"*{PART_SUFFIX}"))
     _check_free(planned.request.name, needed, reusable, model_directory.parent)
     return needed

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,9 @@ from lamella_engine.build_plan import BuildRequest
 from lamella_engine.device import resolve_device
 from lamella_engine.errors import ModelError, ModelNotFound, OptionError, ShardError
 from lamella_engine.gguf_checkpoint import GgufCheckpoint
-from lamella_engine.in_place import is_own_copy
 from lamella_engine.manifest import MANIFEST_FILE, Manifest, read_manifest
 from lamella_engine.model_lock import ModelLock
+from lamella_engine.model_use import LOCKS_DIRECTORY, using
 from lamella_engine.open_source import open_source
 from lamella_engine.options import DTYPES
 from lamella_engine.originals import Deleted
@@ -31,7 +30,8 @@ from lamella_engine.quant_mix import SizeTarget
 from lamella_engine.quant_spec import QuantSpec
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_check import check_files, read_shards
-from lamella_engine.shard_writer import as_model_error, sync_directory
+from lamella_engine.shard_writer import as_model_error
+from lamella_engine.store_room import CONVERTED_DIRECTORY, StoreRoom
 from lamella_engine.stored_checkpoint import StoredCheckpoint
 from lamella_engine.stored_form import StoredForm, meaning_of, packed_variant
 from lamella_engine.weight_files import has_weights
@@ -39,10 +39,8 @@ from lamella_engine.weight_source import SourceKind, WeightSource
 
 logger = logging.getLogger(__name__)
 
-CONVERTED_DIRECTORY = ".converted"  # pickles on their way to shards, one directory a model
 STORE_VARIABLE = "LAMELLA_STORE"
 BUILD_WAIT_S = 2 * 3600.0
-_REMOVE_WAIT_S = 1.0
 
 
 def default_store_root() -> Path:
@@ -71,11 +69,15 @@ class ShardStore:
     Args:
         root: the directory; made when the first model is built.
         build_wait_s: how long to wait for another process that builds the same model, in seconds.
+
+    Attributes:
+        room: its quota, and what is removed for it.
     """
 
     def __init__(self, root: Path, *, build_wait_s: float = BUILD_WAIT_S) -> None:
         self.root = Path(root).expanduser()
         self._build_wait_s = build_wait_s
+        self.room = StoreRoom(self.root)
 
     def ensure(
         self,
@@ -202,22 +204,9 @@ class ShardStore:
             ModelNotFound: there is nothing of that name.
             ModelError: another process is building it.
         """
-        directory = self._directory(name)
-        places = [place for place in (directory, self._converted(name)) if place.is_dir()]
-        if not places:
+        if not any(place.is_dir() for place in (self._directory(name), self._converted(name))):
             raise self._not_found(name)
-        try:
-            with self._lock(name).held(name, _REMOVE_WAIT_S):
-                files = [path for place in places for path in place.rglob("*") if path.is_file()]
-                nbytes = sum(path.stat().st_size for path in files if is_own_copy(path))
-                if directory in places:
-                    (directory / MANIFEST_FILE).unlink(missing_ok=True)
-                    sync_directory(directory)
-                for place in places:
-                    shutil.rmtree(place)
-        except OSError as error:
-            raise ShardError(f"cannot remove {directory}: {error.strerror or error}") from error
-        return nbytes
+        return self.room.remove_anyway(name)
 
     def has(self, name: str) -> bool:
         """True if a model of that name is published."""
@@ -242,7 +231,7 @@ class ShardStore:
         return self.root / CONVERTED_DIRECTORY / names.directory_name(name)
 
     def _lock(self, name: str) -> ModelLock:
-        return ModelLock(self.root / ".locks", names.directory_name(name))
+        return ModelLock(self.root / LOCKS_DIRECTORY, names.directory_name(name))
 
     def _scan(self) -> Iterator[Manifest | ShardError]:
         for directory in sorted(self.root.iterdir()) if self.root.is_dir() else ():
@@ -351,7 +340,18 @@ class ShardStore:
         if wanted.quant is not None:
             device = resolve_device(wanted.form.quant_device)
             request = replace(request, quant=wanted.quant, quant_device=device)
-        return shard_builder.build(request, self._directory(wanted.name), progress)
+        return self._built(request, progress)
+
+    def _built(self, request: BuildRequest, progress: Progress) -> Manifest:
+        """Build, with room made for it; a model of the store that it is built from stays meanwhile."""
+        base, _ = names.split_variant(request.name)
+        keep = {request.name, base}
+
+        def make_room(needed_bytes: int) -> None:
+            self.room.make_room(needed_bytes, keep)
+
+        with using(self.root, base) if self._is_published(base) else contextlib.nullcontext():
+            return shard_builder.build(request, self._directory(request.name), progress, make_room)
 
     def _build_pickled(self, wanted: _Wanted, pickled: PickledCheckpoint, progress: Progress) -> Manifest:
         place = self._converted(wanted.name)
@@ -359,7 +359,7 @@ class ShardStore:
         try:
             with pickled.converted(place, progress, expand_to=wanted.dtype) as source:
                 request = BuildRequest(wanted.name, source, SourceKind.DIRECTORY, location, None, wanted.dtype)
-                return shard_builder.build(request, self._directory(wanted.name), progress)
+                return self._built(request, progress)
         finally:
             with contextlib.suppress(OSError):
                 place.parent.rmdir()  # stays while another model is converted in it
