@@ -14,17 +14,21 @@ import uuid
 from lamella.keys import TASK_NAME, queue_name
 
 ORIGIN = "lamella-client"
+TRACE_HEADER = "traceparent"
 
 
-def celery_message(job_id: str, model: str) -> str:
-    """Return the JSON envelope of task ``lamella.generate`` for one job, addressed to the model's queue."""
+def celery_message(job_id: str, model: str, trace: str | None = None) -> str:
+    """Return the JSON envelope of task ``lamella.generate`` for one job, addressed to the model's queue.
+
+    `trace` is the W3C traceparent of whoever asks for it; it travels in the headers, beside Celery's own.
+    """
     queue = queue_name(model)
     body = [[job_id], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
     envelope = {
         "body": base64.b64encode(json.dumps(body).encode()).decode(),
         "content-encoding": "utf-8",
         "content-type": "application/json",
-        "headers": _headers(job_id),
+        "headers": _headers(job_id) | ({} if trace is None else {TRACE_HEADER: trace}),
         "properties": {
             "correlation_id": job_id,
             "reply_to": job_id,

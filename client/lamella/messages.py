@@ -253,6 +253,7 @@ class EngineProcessInfo(Wire):
 class WorkerInfo(Wire):
     """A worker's heartbeat, written with a time to live; times are Unix seconds, counters since its start.
 
+    `metrics_address` is where Prometheus finds the worker's metrics, as host:port, None where it serves none.
     `last_sweep_at` is None until the first job; while jobs run it is not before the first of them came, so a worker
     with running jobs and an old `last_sweep_at` is stuck. `engine_process` is None where the engine has no process of
     its own.
@@ -275,6 +276,7 @@ class WorkerInfo(Wire):
     streamed_bytes: int
     peak_rss_bytes: int
     engine_process: EngineProcessInfo | None = None
+    metrics_address: str | None = None
 
 
 class JobStatus(Wire):

@@ -25,6 +25,7 @@ from lamella.registry_calls import (
 )
 from lamella.request_draft import RequestDraft
 from lamella.steps import Operation, answers, commands
+from lamella.tracing import submission
 
 MAX_WORKERS_LISTED = 1000
 
@@ -50,8 +51,11 @@ def submit(keys: Keys, draft: RequestDraft) -> Operation[str]:
 
 def _send(keys: Keys, request: GenerateRequest, idempotency: Idempotency | None) -> Operation[str]:
     job_id = uuid.uuid4().hex
-    call = submit_call(keys, job_id, request, celery_message(job_id, request.model), idempotency)
-    reply = call.decode((yield call))
+    with submission("lamella.submit", request.model) as trace:
+        message = celery_message(job_id, request.model, trace.traceparent)
+        call = submit_call(keys, job_id, request, message, idempotency)
+        reply = call.decode((yield call))
+        trace.accepted(reply.job_id, reply.status.value)
     match reply.status:
         case SubmitStatus.CREATED | SubmitStatus.EXISTS | SubmitStatus.DUPLICATE:
             return reply.job_id
@@ -134,8 +138,11 @@ def retry(keys: Keys, job_id: str) -> Operation[str]:
     """
     found = yield from status(keys, job_id)
     new_id = uuid.uuid4().hex
-    call = retry_call(keys, job_id, new_id, found.model, celery_message(new_id, found.model))
-    reply = call.decode((yield call))
+    with submission("lamella.retry", found.model) as trace:
+        message = celery_message(new_id, found.model, trace.traceparent)
+        call = retry_call(keys, job_id, new_id, found.model, message)
+        reply = call.decode((yield call))
+        trace.accepted(reply.job_id, reply.status.value)
     match reply.status:
         case RetryStatus.RETRIED:
             return reply.job_id

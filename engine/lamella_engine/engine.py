@@ -85,6 +85,7 @@ class Engine:
         self._stop = threading.Event()
         self._outbox: queue.Queue[SweepEvents] = queue.Queue(maxsize=MAX_UNDELIVERED)
         self._sweeps = self._tokens = self._streamed_bytes = 0
+        self._sweep_seconds: list[float] = []  # of sweeps whose events are not delivered yet
         self._last_sweep_at: float | None = None
         self._failure: Exception | None = None  # what ended the sweep thread before its time
         self._thread = thread or SweepThread()
@@ -139,6 +140,7 @@ class Engine:
             context_length=self._context_length,
             size_bytes=sharded.size_bytes,
             max_sequences=self._max_sequences,
+            plan=self._model.plan_facts,
         )
 
     @property
@@ -170,6 +172,8 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             out_of_memory=self._batch.failures,
             batch_limit=self._batch.limit,
+            kv_blocks=self._cache.num_pages,
+            kv_blocks_used=self._cache.num_pages - self._cache.free_pages,
         )
 
     def submit(self, request: SequenceRequest) -> None:
@@ -290,7 +294,8 @@ class Engine:
             if self._scheduler.running:
                 events += self._sweep()
             if events:
-                self._deliver(SweepEvents(tuple(events)))
+                sweep_seconds, self._sweep_seconds = tuple(self._sweep_seconds), []
+                self._deliver(SweepEvents(tuple(events), sweep_seconds))
             elif not self._scheduler.running:
                 self._wait_for_work()
 
@@ -319,7 +324,8 @@ class Engine:
             return events
         except Exception as error:
             failed = list(self._scheduler.running)
-            logger.exception("a sweep of %d sequences failed", len(failed))
+            about = {"sequences": [sequence.sequence_id for sequence in failed]}  # for whoever formats the log
+            logger.exception("a sweep of %d sequences failed", len(failed), extra=about)
             if not is_out_of_memory(error) or not self._batch.shrink(len(failed)):
                 message = f"the sweep failed: {type(error).__name__}: {error}"
                 for sequence in failed:
@@ -338,7 +344,9 @@ class Engine:
         pack = self._model.pack([ride.span for ride in rides])
         logits = self._model.run(pack, self._cache)
         self._advance([rides[index] for index in pack.order], logits, events)
-        self._model.timeline.add(Lane.SWEEP, "sweep", began_s, time.perf_counter())
+        ended_s = time.perf_counter()
+        self._model.timeline.add(Lane.SWEEP, "sweep", began_s, ended_s)
+        self._sweep_seconds.append(ended_s - began_s)
         if self._batch.good_sweep():
             self._scheduler.max_sequences = self._batch.limit
 

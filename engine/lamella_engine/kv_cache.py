@@ -86,6 +86,11 @@ class KVCache:
         return len(self._free_pages) * PAGE_TOKENS
 
     @property
+    def num_pages(self) -> int:
+        """Pages of the whole pool."""
+        return self._num_pages
+
+    @property
     def free_pages(self) -> int:
         """Pages that no sequence holds."""
         return len(self._free_pages)

@@ -37,6 +37,7 @@ from lamella_engine.model_use import using
 from lamella_engine.options import EngineOptions
 from lamella_engine.pieces import Piece, PlacedPiece, layer_piece, place_pieces
 from lamella_engine.placement import Bandwidths, Plan, Tier
+from lamella_engine.plan_facts import plan_facts
 from lamella_engine.planner import PlanRequest, make_plan
 from lamella_engine.ram_tier import RamTier
 from lamella_engine.resident import find_tables, materialise_root
@@ -157,7 +158,8 @@ def open_sweep_model(
         resources.enter_context(using(sharded.directory.parent.parent, sharded.name))
         tier = resources.enter_context(RamTier(options.shared_memory, pinned=device.type == "cuda"))
         machine = machine or this_machine(sharded, device, dtype, options, tier)
-        plan = plan or make_plan(sizes_of_sharded(sharded, built), machine.request(options))
+        sizes = sizes_of_sharded(sharded, built)
+        plan = plan or make_plan(sizes, machine.request(options))
         resources.enter_context(_capped(device, plan))
         opener = _Opener(sharded, built, plan, machine, Timeline(is_tracing=options.trace), resources)
         try:
@@ -167,6 +169,7 @@ def open_sweep_model(
                 f"{device} has less memory free than {sharded.name} was planned for: {error}. End what else runs on "
                 "it, or give a smaller budget (--vram)."
             ) from error
+        model.plan_facts = plan_facts(sizes, plan, machine.bandwidths)
         opener.keep()
     return model
 

@@ -120,9 +120,13 @@ SequenceEvent = SequenceTokens | SequencePrefill | SequenceFinished
 
 @dataclass(frozen=True)
 class SweepEvents:
-    """Everything one sweep produced, for all sequences that rode it, in order; at most one SequenceTokens a sample."""
+    """Everything one sweep produced, for all sequences that rode it, in order; at most one SequenceTokens a sample.
+
+    `sweep_seconds` has how long each sweep took since the batch before: this one's, and any that brought no event.
+    """
 
     events: tuple[SequenceEvent, ...]
+    sweep_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +135,9 @@ class EngineCounters(StreamTotals):
 
     `streamed_bytes` are those that moved to where they were computed. `preemptions` counts sequences that were sent
     back to wait because the key-value cache, or memory, ran short; `out_of_memory` counts sweeps that failed because
-    memory was short, and `batch_limit` is how many sequences may run side by side since (0: not told). On a GPU the
-    stream's totals are behind by one sweep.
+    memory was short, and `batch_limit` is how many sequences may run side by side since (0: not told). `kv_blocks` are
+    all pages of the key-value cache, `kv_blocks_used` those that sequences hold now. On a GPU the stream's totals are
+    behind by one sweep.
     """
 
     running: int
@@ -145,11 +150,37 @@ class EngineCounters(StreamTotals):
     preemptions: int = 0
     out_of_memory: int = 0
     batch_limit: int = 0
+    kv_blocks: int = 0
+    kv_blocks_used: int = 0
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """A plan in figures: layers and bytes (with a streamed head) that wait in each tier, and what is beside them.
+
+    `limit_s` is what a sweep of one token takes at best by the plan's own prediction; `is_limit_measured` says that the
+    prediction rests on what was measured here, which is not done for small models. `vram_bytes` and `ram_bytes` are
+    budgets, `vram_bytes` None on a CPU.
+    """
+
+    layers_in_vram: int
+    layers_in_ram: int
+    layers_on_disk: int
+    bytes_in_vram: int
+    bytes_in_ram: int
+    bytes_on_disk: int
+    kv_tokens: int
+    kv_bytes: int
+    sweep_tokens: int
+    vram_bytes: int | None
+    ram_bytes: int
+    limit_s: float
+    is_limit_measured: bool
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What the open engine is: the model as served and the device it runs on."""
+    """What the open engine is: the model as served, the device it runs on, and the plan (None: there is none)."""
 
     model: str
     family: str
@@ -159,3 +190,4 @@ class EngineFacts:
     context_length: int
     size_bytes: int
     max_sequences: int
+    plan: PlanFacts | None = None

@@ -71,6 +71,11 @@ class StatePool:
         return max(0, room // self._size.token_bytes)
 
     @property
+    def num_pages(self) -> int:
+        """Pages of the whole pool."""
+        return self._num_pages
+
+    @property
     def free_pages(self) -> int:
         """Pages that no sequence holds."""
         return self._free_pages

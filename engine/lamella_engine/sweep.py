@@ -32,6 +32,7 @@ from lamella_engine.packing import Pack, PackedSweep, Span
 from lamella_engine.placement import Plan, Tier
 from lamella_engine.row_logits import RowLogits, rows_of
 from lamella_engine.sequence_state import StateForward
+from lamella_engine.sequence_types import PlanFacts
 from lamella_engine.shard import ShardedModel
 from lamella_engine.state_pool import StatePool, unit_bytes
 from lamella_engine.stepwise import Forward, SideBySide, StepPack, StepSpan
@@ -62,6 +63,7 @@ class SweepModel:
     Attributes:
         sharded: the shards it runs from.
         plan: where everything is.
+        plan_facts: the plan in figures, set by whoever opened the model.
         timeline: what moved, and when.
         swept_bytes: weight bytes that the last sweep moved, from disk or from RAM to a device.
         device, dtype: where and in which type it computes.
@@ -81,6 +83,7 @@ class SweepModel:
         plan = weights.plan
         self.sharded = sharded
         self.plan = plan
+        self.plan_facts: PlanFacts | None = None
         self.timeline = weights.timeline
         self.device = device
         self.dtype: torch.dtype = built.model.dtype

@@ -40,7 +40,7 @@ _LOOK_S = 0.5
 _NO_COUNTERS = EngineCounters(
     running=0, waiting=0, sweeps=0, tokens=0, streamed_bytes=0, peak_rss_bytes=0, last_sweep_at=None
 )
-_OF_NOW = ("running", "waiting", "batch_limit")  # the other figures are totals
+_OF_NOW = ("running", "waiting", "batch_limit", "kv_blocks", "kv_blocks_used")  # the other figures are totals
 
 
 class _Batch(NamedTuple):
@@ -204,7 +204,7 @@ class ChildEngine:
                     for event in report.events:
                         if isinstance(event, SequenceFinished):
                             self._live.pop(event.sequence_id, None)
-                    self._batches.append(_Batch(SweepEvents(report.events), process))
+                    self._batches.append(_Batch(SweepEvents(report.events, report.sweep_seconds), process))
             self._changed.notify_all()
 
     def lost(self, why: str) -> None:
@@ -219,7 +219,7 @@ class ChildEngine:
                 ended = tuple(_lost(sequence_id, why) for sequence_id in self._live)
                 self._batches.append(_Batch(SweepEvents(ended), None))
                 self._live.clear()
-            self._past = replace(_sum(self._past, self._now), running=0, waiting=0, batch_limit=0)
+            self._past = replace(_sum(self._past, self._now), **dict.fromkeys(_OF_NOW, 0))
             self._now = _NO_COUNTERS
             self._changed.notify_all()
 

@@ -17,6 +17,7 @@ from lamella.errors import ConfigError
 from lamella_worker.config import WorkerConfig, load_config
 from lamella_worker.device import pin_device
 from lamella_worker.health import check_worker
+from lamella_worker.log_context import ProcessLabels
 from lamella_worker.log_setup import set_up_logging
 from lamella_worker.worker_error import WorkerError
 
@@ -55,6 +56,10 @@ def worker(  # noqa: PLR0913  a command has as many arguments as options
     isolation: Annotated[
         str | None, typer.Option("--isolation", help="child: the engine in a process of its own; none: in this one.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option("--metrics-port", help="Serve Prometheus metrics there, or on the next free port.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
     """Serve one model from this host until SIGTERM; every option beats the settings file."""
@@ -75,9 +80,13 @@ def worker(  # noqa: PLR0913  a command has as many arguments as options
         "engine.offline": offline,
         "redis.url": redis_url,
         "redis.prefix": prefix,
+        "telemetry.metrics_port": metrics_port,
+        "telemetry.log_format": log_format,
     }
-    set_up_logging(is_verbose=verbose)
-    raise typer.Exit(_serve(_load(config, flags)))
+    settings = _load(config, flags)
+    labels = ProcessLabels(settings.telemetry.log_format, settings.worker.name, settings.worker.model)
+    set_up_logging(is_verbose=verbose, labels=labels)
+    raise typer.Exit(_serve(settings))
 
 
 @app.command()

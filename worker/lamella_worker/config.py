@@ -1,8 +1,9 @@
 """The worker's settings: one frozen value, read once when the process starts.
 
-Owns the tables ``[redis]``, ``[worker]`` and ``[engine]``, their defaults, and what makes a value unusable. A setting
-comes from the command line, else the environment (``LAMELLA_REDIS_URL``, ``LAMELLA_STORE``), else the file, else its
-default. Opens no connection and loads no engine; `cli` reads it and hands it to everything else.
+Owns the tables ``[redis]``, ``[worker]`` and ``[engine]``, their defaults, and what makes a value unusable; the table
+``[telemetry]`` is in `telemetry_config`. A setting comes from the command line, else the environment
+(``LAMELLA_REDIS_URL``, ``LAMELLA_STORE``), else the file, else its default. Opens no connection and loads no engine;
+`cli` reads it and hands it to everything else.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from pydantic_core import ErrorDetails
 from lamella.errors import ConfigError
 from lamella.keys import DEFAULT_PREFIX
 from lamella.messages import check_model_name
+from lamella_worker.telemetry_config import TelemetryTable
 
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 DEFAULT_STORE = "~/.cache/lamella/shards"
 
+TABLES = ("redis", "worker", "engine", "telemetry")
 FLAGS = {
     "redis.url": "--redis-url",
     "redis.prefix": "--prefix",
@@ -41,6 +44,8 @@ FLAGS = {
     "engine.vram": "--vram",
     "engine.ram": "--ram",
     "engine.offline": "--offline",
+    "telemetry.metrics_port": "--metrics-port",
+    "telemetry.log_format": "--log-format",
 }
 ENVIRONMENT = {"redis.url": "LAMELLA_REDIS_URL", "engine.store": "LAMELLA_STORE"}
 
@@ -213,6 +218,7 @@ class WorkerConfig(_Table):
     redis: RedisTable = RedisTable()
     worker: WorkerTable
     engine: EngineTable = EngineTable()
+    telemetry: TelemetryTable = TelemetryTable()
 
     @property
     def slots(self) -> int:
@@ -280,10 +286,11 @@ def _override(tables: dict[str, object], dotted: str, value: object, path: Path 
 
 def known_keys() -> dict[str, str]:
     """Every setting as dotted key, with what it is."""
-    tables: tuple[tuple[str, type[_Table]], ...] = (
+    tables: tuple[tuple[str, type[BaseModel]], ...] = (
         ("redis", RedisTable),
         ("worker", WorkerTable),
         ("engine", EngineTable),
+        ("telemetry", TelemetryTable),
     )
     return {f"{table}.{key}": field.description or "" for table, t in tables for key, field in t.model_fields.items()}
 
@@ -321,8 +328,8 @@ def _nearest(dotted: str) -> str:
     if not leaf:
         if same := [key for key in known if key.endswith(f".{table}")]:
             return f"{table} belongs to the table [{same[0].split('.')[0]}]: write it there"
-        near = difflib.get_close_matches(table, ("redis", "worker", "engine"), n=1, cutoff=0.5)
-        return f"did you mean [{near[0]}]?" if near else "the tables are [redis], [worker] and [engine]"
+        near = difflib.get_close_matches(table, TABLES, n=1, cutoff=0.5)
+        return f"did you mean [{near[0]}]?" if near else f"the tables are {', '.join(f'[{name}]' for name in TABLES)}"
     mine = [key for key in known if key.startswith(f"{table}.")]
     for keys in (mine, list(known)):
         leaves = {key.split(".")[1]: key for key in keys}

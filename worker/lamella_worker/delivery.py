@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lamella.messages import Cancelled, Done, Failed, Progress, TokenEvent
 from lamella.registry_calls import EmitReply, EmitStatus, emit_call
+from lamella_worker.job_watch import NO_WATCH, JobWatch
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
 from lamella_worker.running_job import Outcome, RunningJob
 
@@ -47,15 +48,22 @@ class Delivery:
         lease_s: how long each stored or renewed job stays ours.
         cancel_sequence: tells the engine to drop a sequence; unknown ones are ignored.
         gave_up: set when the process must not wait for Redis any longer.
+        watch: is told what is stored, and what is refused.
     """
 
     def __init__(
-        self, registry: Registry, lease_s: float, cancel_sequence: Callable[[str], None], gave_up: threading.Event
+        self,
+        registry: Registry,
+        lease_s: float,
+        cancel_sequence: Callable[[str], None],
+        gave_up: threading.Event,
+        watch: JobWatch = NO_WATCH,
     ) -> None:
         self._registry = registry
         self._lease_ms = int(lease_s * 1000)
         self._cancel_sequence = cancel_sequence
         self._gave_up = gave_up
+        self._watch = watch
 
     def deliver(self, emissions: Sequence[Emission]) -> None:
         """Store and publish all emissions in one round trip, and again what Redis did not take, until it does.
@@ -124,10 +132,18 @@ class Delivery:
         job = emission.job
         if reply.status is EmitStatus.OK:
             job.next_seq += len(emission.events)
+            self._tell(emission)
             if emission.outcome is not None:
                 job.settle(emission.outcome)
                 return
         self._heed(job, reply)
+
+    def _tell(self, emission: Emission) -> None:
+        if emission.progress is not None:
+            progress = emission.progress
+            self._watch.prefilled(emission.job, progress.prefilled_tokens, progress.prompt_tokens)
+        if emission.events:
+            self._watch.stored(emission.job, emission.events)
 
     def _heed(self, job: RunningJob, reply: EmitReply) -> None:
         match reply.status:
@@ -137,6 +153,7 @@ class Delivery:
                     log.info("job=%s cancel requested", job.job_id)
                     self._cancel_sequence(job.sequence_id)
             case EmitStatus.FENCED:
+                self._watch.fenced(job)
                 self._lose(job, "its claim is void: another worker has it or it has ended")
             case EmitStatus.MISSING:
                 self._lose(job, "its record is gone: it expired, or Redis lost its data")

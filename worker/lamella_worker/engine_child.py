@@ -1,4 +1,4 @@
-"""The engine process: ``python -m lamella_worker.engine_child FD PARENT LEVEL``, started by the worker alone.
+"""The engine process: ``python -m lamella_worker.engine_child FD PARENT LEVEL LABELS``, started by the worker alone.
 
 Owns this process: its end with the worker's, its signals, opening the engine, the exit code. It pins no device, the
 worker has done so in the environment that both share. It ignores the signals that stop a worker, because a stop is the
@@ -26,7 +26,8 @@ from lamella_worker.engine_messages import Open, Opened, Progress, Refused, Repo
 from lamella_worker.engine_port import LocalEngine
 from lamella_worker.engine_server import EngineServer
 from lamella_worker.failpoints import Failpoints
-from lamella_worker.log_setup import set_up_logging
+from lamella_worker.log_context import ProcessLabels
+from lamella_worker.log_setup import adopt_library_logs, set_up_logging
 from lamella_worker.worker_error import WorkerError
 
 log = logging.getLogger(__name__)
@@ -42,12 +43,12 @@ Opener = Callable[[Open, Progressing], LocalEngine]
 
 def main(arguments: Sequence[str], opener: Opener | None = None) -> int:
     """Open the engine that the first message orders, and serve it until the worker is done with it."""
-    descriptor, parent, level = arguments
+    descriptor, parent, level, labels = arguments
     _end_with(int(parent))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs started from here would inherit
     faulthandler.enable()
-    set_up_logging(is_verbose=int(level) <= logging.DEBUG)
+    set_up_logging(is_verbose=int(level) <= logging.DEBUG, labels=ProcessLabels.decoded(labels))
     end = socket.socket(fileno=int(descriptor))
     end.set_inheritable(False)
     channel = Channel(end)
@@ -90,6 +91,7 @@ def _serve(channel: Channel, opener: Opener) -> int:
 def _open_engine(order: Open, report: Progressing) -> LocalEngine:
     from lamella_worker.open_engine import open_engine  # loads torch
 
+    adopt_library_logs()
     return open_engine(order.model, order.engine, order.device, report)
 
 

@@ -124,10 +124,11 @@ Event = Annotated[
 
 @dataclass(frozen=True)
 class Sweep:
-    """What one sweep produced, and the engine's totals after it."""
+    """What one sweep produced, and the engine's totals after it; `sweep_seconds` as in SweepEvents."""
 
     events: tuple[Event, ...]
     counters: EngineCounters
+    sweep_seconds: tuple[float, ...] = ()
     kind: Literal["sweep"] = "sweep"
 
 

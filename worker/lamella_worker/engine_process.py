@@ -21,6 +21,7 @@ from lamella_worker.channel import Channel, ChannelBroken
 from lamella_worker.config import ENVIRONMENT
 from lamella_worker.engine_messages import Close, Open, Order, Report, decode_report, encode
 from lamella_worker.engine_port import EngineAway
+from lamella_worker.log_setup import current_labels
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class EngineProcess:
     Args:
         order: what it is to open.
         hear: called with this process and each report, in one thread.
-        command: the program, to which its three arguments are added.
+        command: the program, to which its four arguments are added.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class EngineProcess:
         self._hear = hear
         self._orders: queue.Queue[Order | None] = queue.Queue(maxsize=MAX_ORDERS)
         ours, theirs = socket.socketpair()
+        level = str(logging.getLogger().getEffectiveLevel())
         try:
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid()), str(logging.getLogger().getEffectiveLevel())],
+                [*command, str(theirs.fileno()), str(os.getpid()), level, current_labels().encoded()],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env={name: value for name, value in os.environ.items() if name != ENVIRONMENT["redis.url"]},

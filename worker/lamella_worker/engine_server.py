@@ -32,6 +32,8 @@ from lamella_worker.engine_messages import (
 )
 from lamella_worker.engine_port import CREDIT, ENGINE_ERROR, SweepEngine
 from lamella_worker.failpoints import Failpoints
+from lamella_worker.log_context import about_job, job_of
+from lamella_worker.log_setup import WITHHELD
 
 log = logging.getLogger(__name__)
 
@@ -95,23 +97,27 @@ class EngineServer:
                 try:
                     self._engine.cancel(order.sequence_id)
                 except EngineError as error:
-                    log.debug("sequence %s is not cancelled: %s", order.sequence_id, error)
+                    log.debug("job=%s is not cancelled: %s", job_of(order.sequence_id).job, error)
             case Taken():
                 self._credit.release()
             case _:
                 raise ChannelBroken(f"{order.kind} was ordered of an engine that is open")
 
     def _submit(self, call: int, request: SequenceRequest) -> None:
+        label = job_of(request.sequence_id)
         try:
-            self._failpoints.hit("submit", _prompt(request))
-            self._engine.submit(request)
+            with about_job(label.job, label.attempt):
+                self._failpoints.hit("submit", _prompt(request))
+                self._engine.submit(request)
             answer = Answer(call)
         except SequenceError as error:
             answer = Answer(call, error.code, plain(str(error)))
         except Exception as error:
-            # Whatever a prompt brings about in a tokenizer or template is this one sequence's failure.
-            log.exception("sequence %s cannot be taken", request.sequence_id)
-            answer = Answer(call, ENGINE_ERROR, plain(f"{type(error).__name__}: {error}"))
+            # Whatever a prompt brings about in a tokenizer or template is this one sequence's failure. The words of
+            # the exception may quote the prompt, so they are told to nobody.
+            extra = WITHHELD | {"sequences": [request.sequence_id]}
+            log.exception("job=%s cannot be taken; what went wrong may quote the prompt", label.job, extra=extra)
+            answer = Answer(call, ENGINE_ERROR, f"{type(error).__name__}, see the log of the engine process")
         self._report(answer)
 
     def _send_events(self) -> None:
@@ -120,7 +126,7 @@ class EngineServer:
                 if self._stop.is_set():
                     return
                 if batch.events and self._wait_for_room():
-                    self._report(Sweep(batch.events, self._engine.counters()))
+                    self._report(Sweep(batch.events, self._engine.counters(), batch.sweep_seconds))
                     self._judge(batch)
         except EngineError as error:
             self._break(str(error))

@@ -37,6 +37,10 @@ class WorkerFacts:
         counters: asks the engine for its totals.
         table: the running jobs.
         child: asks for the state of the engine's process; None where it has none of its own.
+
+    Attributes:
+        name: the worker's name.
+        metrics_address: where it serves metrics, set before it is asked; None for nowhere.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class WorkerFacts:
         self._started_at = time.time()
         self._model_name = model
         self._child = child
+        self.metrics_address: str | None = None
 
     def info(self, *, is_draining: bool) -> WorkerInfo:
         """Return how the worker stands now.
@@ -94,6 +99,7 @@ class WorkerFacts:
             streamed_bytes=counters.streamed_bytes,
             peak_rss_bytes=counters.peak_rss_bytes,
             engine_process=self._child() if self._child is not None else None,
+            metrics_address=self.metrics_address,
         )
 
 

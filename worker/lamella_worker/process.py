@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any
@@ -27,15 +26,19 @@ from lamella_worker.config import WorkerConfig
 from lamella_worker.device import PinnedDevice
 from lamella_worker.drain import EXIT_FAILURE, Drain
 from lamella_worker.engine_port import SweepEngine
+from lamella_worker.engine_sources import EngineSources
 from lamella_worker.heartbeat import Heartbeat, WorkerFacts
 from lamella_worker.job_table import JobTable
 from lamella_worker.lease_keeper import LeaseKeeper
+from lamella_worker.log_context import ProcessLabels
+from lamella_worker.log_setup import label_logs
 from lamella_worker.publisher import Publisher
 from lamella_worker.reconciler import Reconciler
 from lamella_worker.registry import Registry, open_redis
 from lamella_worker.session import Session
 from lamella_worker.supervisor import ChildState, EngineSpec
 from lamella_worker.tasks import add_generate_task
+from lamella_worker.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +63,13 @@ def serve(config: WorkerConfig, device: PinnedDevice) -> int:
     Raises:
         WorkerError: the engine cannot open. Nothing was taken from the queue.
     """
+    name = worker_name(config, device)
+    label_logs(ProcessLabels(config.telemetry.log_format, name, config.worker.model))
     log.info("lamella worker %s, pid %d", version("lamella"), os.getpid())
     log.info("model %s", config.worker.model)
     log.info("device %s (%s)", device.label, device.why)
-    return serve_engine(_open(config, device), config, device)
+    with Telemetry(config, name) as telemetry:
+        return serve_engine(_open(config, device), config, device, telemetry)
 
 
 def _open(config: WorkerConfig, device: PinnedDevice) -> SweepEngine:
@@ -81,8 +87,10 @@ def worker_name(config: WorkerConfig, device: PinnedDevice) -> str:
     return config.worker.name or f"{host}-{device.short}-{os.getpid()}"
 
 
-def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice) -> int:
-    """Serve jobs with an open engine until told to stop, then close it; returns the exit code."""
+def serve_engine(
+    engine: SweepEngine, config: WorkerConfig, device: PinnedDevice, telemetry: Telemetry | None = None
+) -> int:
+    """Serve jobs with an open engine until told to stop, then close it and `telemetry`; returns the exit code."""
     name = worker_name(config, device)
     facts = engine.facts
     log.info("plan: %d layers, %d bytes, %s, %d slots", facts.num_layers, facts.size_bytes, facts.dtype, config.slots)
@@ -96,11 +104,12 @@ def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice
         impatient = open_redis(config.redis.url, RECONCILER_TIMEOUT_S)
         stack.callback(impatient.close)
 
+        telemetry = stack.enter_context(telemetry or Telemetry(config, name))
+        watch = telemetry.watch
         table = JobTable()
         child = engine if isinstance(engine, ChildEngine) else None
-        session = Session(
-            engine, Registry(client, keys), table, config, name, child.wait_ready if child else lambda timeout_s: True
-        )
+        wait_ready = child.wait_ready if child else lambda timeout_s: True
+        session = Session(engine, Registry(client, keys), table, config, name, wait_ready, watch)
         drain = Drain(session, config.worker.drain_s)
 
         def on_publisher_end(has_failed: bool) -> None:
@@ -108,7 +117,7 @@ def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice
             if has_failed:
                 drain.request("the publisher failed", EXIT_FAILURE)
 
-        publisher = Publisher(engine, table, session.delivery, on_publisher_end)
+        publisher = Publisher(engine, table, session.delivery, on_publisher_end, watch)
         keeper = LeaseKeeper(table, session.delivery, config.worker.lease_s)
         worker_facts = WorkerFacts(
             name,
@@ -119,12 +128,15 @@ def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice
             table,
             (lambda: _process_info(child.state)) if child else None,
         )
+        worker_facts.metrics_address = telemetry.metrics_address
 
         def info() -> WorkerInfo:
             return worker_facts.info(is_draining=session.is_draining)
 
+        sources = EngineSources(info, engine.counters, lambda: engine.facts.plan)
+        telemetry.tell_of(sources)
         heartbeat = Heartbeat(impatient, keys, name, info)
-        reconciler = Reconciler(impatient, Registry(impatient, keys), name, config.worker.lease_s)
+        reconciler = Reconciler(impatient, Registry(impatient, keys), name, config.worker.lease_s, watch)
 
         drain.start()
         drain.install()
@@ -136,7 +148,7 @@ def serve_engine(engine: SweepEngine, config: WorkerConfig, device: PinnedDevice
         stack.callback(keeper.stop, JOIN_S)
         heartbeat.start()
         stack.callback(heartbeat.stop, JOIN_S)
-        return _run_celery(config, session, reconciler, name, info)
+        return _run_celery(config, session, reconciler, name, sources)
 
 
 def _process_info(state: ChildState) -> EngineProcessInfo:
@@ -150,10 +162,10 @@ def _process_info(state: ChildState) -> EngineProcessInfo:
 
 
 def _run_celery(
-    config: WorkerConfig, session: Session, reconciler: Reconciler, name: str, info: Callable[[], WorkerInfo]
+    config: WorkerConfig, session: Session, reconciler: Reconciler, name: str, sources: EngineSources
 ) -> int:
     app = make_app(config, reconciler)
-    app.lamella_info = info
+    app.lamella_sources = sources
     add_generate_task(app, session)
     signals.setup_logging.connect(_keep_logging)
     worker = LamellaWorker(

@@ -22,6 +22,7 @@ from lamella_engine.sequence_types import (
 from lamella_worker.delivery import Delivery, Emission
 from lamella_worker.engine_port import ENGINE_ERROR, SweepEngine
 from lamella_worker.job_table import JobTable
+from lamella_worker.job_watch import NO_WATCH, JobWatch
 from lamella_worker.running_job import Outcome, RunningJob
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,22 @@ class Publisher:
         table: where a sequence's job is found; events of sequences that are not listed are dropped.
         delivery: where they go.
         on_end: called once, from the thread, with True if it ended through an error.
+        watch: is told of sweeps.
     """
 
     def __init__(
-        self, engine: SweepEngine, table: JobTable, delivery: Delivery, on_end: Callable[[bool], None]
+        self,
+        engine: SweepEngine,
+        table: JobTable,
+        delivery: Delivery,
+        on_end: Callable[[bool], None],
+        watch: JobWatch = NO_WATCH,
     ) -> None:
         self._engine = engine
         self._table = table
         self._delivery = delivery
         self._on_end = on_end
+        self._watch = watch
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
     def start(self) -> None:
@@ -81,6 +89,7 @@ class Publisher:
                 continue  # a sequence whose job was lost or given back; the engine drops it at the boundary
             earlier = emissions.get(event.sequence_id, Emission(job))
             emissions[event.sequence_id] = _extend(earlier, event)
+        self._watch.swept(batch.sweep_seconds, len(emissions))
         if emissions:
             self._delivery.deliver(list(emissions.values()))
 

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from lamella.keys import Keys
 from lamella.registry_calls import NudgeStatus, nudge_call
+from lamella_worker.job_watch import NO_WATCH, JobWatch
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,18 @@ class Reconciler:
         registry: where nudges go; over the same client.
         name: this worker, as it holds the lock.
         lease_s: the least time between two nudges of a job.
+        watch: is told of nudges.
     """
 
-    def __init__(self, client: redis.Redis, registry: Registry, name: str, lease_s: float) -> None:
+    def __init__(
+        self, client: redis.Redis, registry: Registry, name: str, lease_s: float, watch: JobWatch = NO_WATCH
+    ) -> None:
         self._client = client
         self._registry = registry
         self._keys: Keys = registry.keys
         self._name = name
         self._quiet_ms = max(SHORTEST_QUIET_MS, int(lease_s * 1000))
+        self._watch = watch
         self._offset = 0
         self._is_away = False
 
@@ -82,6 +87,7 @@ class Reconciler:
             if isinstance(answer, Exception):
                 raise answer
             if answer is NudgeStatus.NUDGED:
+                self._watch.nudged(1)
                 log.warning("job=%s its message is sent again", job_id)
             num_gone += answer is NudgeStatus.GONE
         is_last_page = len(page) < PAGE

@@ -145,6 +145,21 @@ class Registry:
             return None
         return ClaimReply(ClaimStatus.OK, int(fence or 0), int(attempts or 0), int(seq or 0), request or "")
 
+    def waiting_since(self, job_id: str) -> tuple[float, float] | None:
+        """When Redis took the job, and the time now, in Unix seconds by Redis's clock; None if it has no record.
+
+        Raises:
+            RegistryAway: Redis gave no answer.
+        """
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.hget(self.keys.job(job_id), "created_at")
+                pipe.time()
+                created_at, (seconds, micros) = cast(tuple[str | None, tuple[int, int]], tuple(pipe.execute()))
+        except RedisError as error:
+            raise _translate(error) from error
+        return None if created_at is None else (int(created_at) / 1000, int(seconds) + int(micros) / 1e6)
+
     def stored_token_ids(self, job_id: str, last_seq: int) -> tuple[int, ...]:
         """Read back the token ids of the job's events 1 to `last_seq`.
 

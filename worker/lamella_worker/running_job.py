@@ -10,6 +10,8 @@ import threading
 import time
 from enum import Enum
 
+from lamella_worker.log_context import sequence_id
+
 
 class Outcome(Enum):
     """How a job's life on this worker ended."""
@@ -27,7 +29,7 @@ class RunningJob:
         self.job_id = job_id
         self.fence = fence
         self.attempts = attempts
-        self.sequence_id = f"{job_id}.{fence}"  # a job that comes back before its old sequence left is another sequence
+        self.sequence_id = sequence_id(job_id, fence, attempts)  # coming back before the old one left, it is another
         self.next_seq = next_seq  # only the thread that delivers the job's events writes it
         self.renewed_at = time.monotonic()
         self._cancel_requested = threading.Event()

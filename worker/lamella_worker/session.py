@@ -7,6 +7,7 @@ from what the registry answers, `drain` through `begin_drain` and `give_up`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -23,6 +24,8 @@ from lamella_worker.delivery import FIRST_RETRY_S, LONGEST_RETRY_S, Delivery, Em
 from lamella_worker.engine_port import ENGINE_ERROR, EngineAway, SweepEngine
 from lamella_worker.gate import Gate
 from lamella_worker.job_table import JobTable
+from lamella_worker.job_watch import NO_WATCH, Claimed, JobWatch
+from lamella_worker.log_context import about_job
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken, StreamLost
 from lamella_worker.running_job import Outcome, RunningJob
 from lamella_worker.sequence_request import sequence_request
@@ -53,6 +56,7 @@ class Session:
         config: the worker's settings.
         name: the worker's name, written into each claim.
         wait_ready: waits so many seconds for the engine to be open, and says whether it is.
+        watch: is told what becomes of jobs.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Session:
         config: WorkerConfig,
         name: str,
         wait_ready: Callable[[float], bool] = lambda timeout_s: True,
+        watch: JobWatch = NO_WATCH,
     ) -> None:
         self._engine = engine
         self._registry = registry
@@ -70,20 +75,24 @@ class Session:
         self._config = config
         self._name = name
         self._wait_ready = wait_ready
+        self._watch = watch
         self._gate = Gate()
         self._draining = threading.Event()
         self._gave_up = threading.Event()
         self._parked: dict[str, None] = {}
-        self.delivery = Delivery(registry, config.worker.lease_s, self._cancel_sequence, self._gave_up)
+        self.delivery = Delivery(registry, config.worker.lease_s, self._cancel_sequence, self._gave_up, watch)
 
     @property
     def is_draining(self) -> bool:
         """True once no new job is taken."""
         return self._draining.is_set()
 
-    def run(self, job_id: str) -> Verdict:
-        """Take a job as far as it goes here; returns what becomes of its message, and never raises."""
-        with self._table.hold(job_id) as is_ours:
+    def run(self, job_id: str, trace: str | None = None) -> Verdict:
+        """Take a job as far as it goes here; returns what becomes of its message, and never raises.
+
+        `trace` is the W3C traceparent that came with the message.
+        """
+        with about_job(job_id), self._table.hold(job_id) as is_ours:
             if not is_ours:
                 log.info("job=%s a second message for a job that runs here is dropped", job_id)
                 return Verdict.ACK
@@ -100,7 +109,8 @@ class Session:
                 self._report_unclaimed(job_id, claim.status)
                 return Verdict.ACK
             job = RunningJob(job_id, claim.fence, claim.seq + 1, claim.attempts)
-            with self._table.listed(job):
+            with self._table.listed(job), about_job(job_id, claim.attempts):
+                self._watch.claimed(job, self._claimed(job_id, claim, trace))
                 return self._finish(job, self._run_claimed(job, claim))
 
     def begin_drain(self) -> None:
@@ -152,6 +162,16 @@ class Session:
             delay_s = min(2 * delay_s, LONGEST_RETRY_S)
         return None
 
+    def _claimed(self, job_id: str, claim: ClaimReply, trace: str | None) -> Claimed:
+        """What watchers are told; that Redis is away is found out soon enough."""
+        times = None
+        if self._watch.needs_times:
+            with contextlib.suppress(RegistryAway, RegistryBroken):
+                times = self._registry.waiting_since(job_id)
+        accepted_at, now = times or (None, None)
+        waited_s = None if accepted_at is None or now is None else max(0.0, now - accepted_at)
+        return Claimed(accepted_at, waited_s, claim.seq, trace)
+
     def _report_unclaimed(self, job_id: str, status: ClaimStatus) -> None:
         match status:
             case ClaimStatus.UNKNOWN_SCHEMA:
@@ -161,6 +181,7 @@ class Session:
                         self._parked.pop(next(iter(self._parked)))
                     self._parked[job_id] = None
             case ClaimStatus.POISON:
+                self._watch.dead(job_id)
                 log.error("job=%s is failed: all its %d attempts were lost", job_id, self._config.worker.max_attempts)
             case _:
                 log.info("job=%s not run here: %s", job_id, status.value)
@@ -233,6 +254,7 @@ class Session:
     def _finish(self, job: RunningJob, outcome: Outcome) -> Verdict:
         """Do what the outcome asks for, and say what becomes of the message."""
         job.settle(outcome)
+        self._watch.left(job, outcome)
         log.info("job=%s %s", job.job_id, outcome.value)
         if outcome in (Outcome.ENDED, Outcome.LOST):
             return Verdict.ACK

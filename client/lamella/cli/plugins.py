@@ -14,6 +14,7 @@ GROUP = "lamella.commands"
 _HELP = {
     "worker": "Run a worker: serve one model from one device.",
     "models": "List, inspect, verify and remove models in the store.",
+    "metrics": "Serve the metrics of all workers together, for Prometheus.",
     "bench": "Measure how fast a model runs here, beside the limit of this machine.",
     "plan": "Show where a model's layers would live within given budgets, and how fast it would run.",
 }
