@@ -37,6 +37,7 @@ class Watched:
     client: Client
     receiver: OtlpReceiver
     model_bytes: int
+    row_bytes: int
 
     def scrape(self) -> Scrape:
         info = self.workers.info(WORKER)
@@ -69,7 +70,8 @@ def watched(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         try:
             workers.start(MODEL, WORKER, settings=(*SETTINGS, f'traces = "{receiver.endpoint}"'))
             layer_bytes = sum(layer.nbytes for layer in model.layers)
-            yield Watched(workers, client, receiver, layer_bytes)
+            row_bytes = 4 * int(json.loads((tiny_llama_dir / "config.json").read_text())["hidden_size"])
+            yield Watched(workers, client, receiver, layer_bytes, row_bytes)
         finally:
             workers.close()
             tracing.stop_tracing()
@@ -97,8 +99,13 @@ def test_metrics_count_exactly_what_was_done(watched: Watched) -> None:
     assert more("lamella_tokens_total") == more("lamella_engine_tokens_total") == 21
     assert more("lamella_prompt_tokens_total") == sum(done(job).usage.prompt_tokens for job in jobs)
     assert max(done(job).usage.sweeps for job in jobs) <= sweeps <= sum(done(job).usage.sweeps for job in jobs)
-    assert more("lamella_weight_bytes_total", tier="disk") == watched.model_bytes * sweeps
-    assert more("lamella_streamed_bytes_total") == watched.model_bytes * sweeps
+    moved = more("lamella_weight_bytes_total", tier="disk")
+    rows, rest = divmod(
+        moved - watched.model_bytes * sweeps, watched.row_bytes
+    )  # of the embedding: a token reads its own
+    assert rest == 0
+    assert 0 < rows <= more("lamella_prompt_tokens_total") + 3 * 6
+    assert more("lamella_streamed_bytes_total") == moved
     assert more("lamella_weight_bytes_total", tier="ram") == more("lamella_weight_bytes_total", tier="vram") == 0
     assert more("lamella_sweep_seconds_count") == sweeps
     assert more("lamella_sweep_seconds_sum") == pytest.approx(more("lamella_lane_seconds_total", lane="sweep"))
@@ -129,7 +136,7 @@ def test_metrics_of_a_busy_worker_tell_how_full_it_is(watched: Watched) -> None:
     assert 0 < busy.value("lamella_kv_blocks_used") <= busy.value("lamella_kv_blocks")
     assert busy.value("lamella_batch_limit_sequences") == 4
     assert busy.value("lamella_engine_ready") == 1
-    assert busy.value("lamella_worker_info", worker=WORKER, device="CPU", dtype="float32") == 1
+    assert busy.value("lamella_worker_info", worker=WORKER, device="cpu", dtype="float32") == 1
     assert busy.value("lamella_plan_bytes", tier="disk") == watched.model_bytes
     wait_until(lambda: watched.scrape().has("lamella_jobs_total", state="cancelled"))
 
@@ -179,7 +186,7 @@ def test_flower_is_told_of_device_model_plan_and_engine(watched: Watched) -> Non
     monitor = make_monitor(watched.workers.url, "lamella:")
     (stats,) = wait_until(lambda: monitor.control.inspect(timeout=2.0).stats()).values()
 
-    assert stats["lamella device"] == "CPU"
+    assert stats["lamella device"] == "cpu"
     assert stats["lamella model"].startswith(f"{MODEL}: llama, 4 layers")
     assert re.search(r"4 layers \([\d.]+ [KM]iB\) on disk; budgets RAM", stats["lamella plan"])
     assert re.search(r"ready, restarted 0 times; 0 of 4 sequences run", stats["lamella engine"])

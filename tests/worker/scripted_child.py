@@ -1,4 +1,4 @@
-"""An engine process around the scripted engine: ``python -m tests.worker.scripted_child SWEEP_S`` and the worker's own."""
+"""An engine process around the scripted engine: ``python -m tests.worker.scripted_child SWEEP_S ...``."""
 
 from __future__ import annotations
 

@@ -13,4 +13,7 @@ In the order a job flows through them:
 - `lease_keeper`, `lease`, `reconciler`: leases of jobs, leases of deliveries, and jobs that nobody works on.
 - `heartbeat`, `health`, `flower_info`, `monitor`, `drain`: signs of life, those who look at them, and the end;
   `stoppable_thread`.
+- `telemetry`, `telemetry_config`, `job_watch`, `engine_sources`: who is told what happens, and where figures come from.
+- `metrics_jobs`, `metrics_engine`, `metrics_server`: a worker's metrics; `metrics_cli`, `metrics_fleet`: those of all.
+- `job_traces`: spans of jobs; `log_context`: what log lines are labelled with.
 """
