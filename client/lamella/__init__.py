@@ -4,7 +4,7 @@ Files in the order in which a request flows through them:
 
 - `client`, `async_client`: the calls users make; `job`, `async_job`: a handle on one job
 - `request_draft`: arguments checked, mistakes named
-- `operations`: what is exchanged with the registry, as `steps`
+- `operations`: what is exchanged with the registry, as `steps`; `tracing`: spans of submits, where they are asked for
 - `registry_calls`, ``lua/``: the scripts; `celery_message`: how a worker hears of a job; `keys`: every Redis name
 - `connection`: pools, timeouts, retries; `server_url`: which server; `server_errors`: wording of its refusals
 - `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections

@@ -100,9 +100,8 @@ def test_metrics_count_exactly_what_was_done(watched: Watched) -> None:
     assert more("lamella_prompt_tokens_total") == sum(done(job).usage.prompt_tokens for job in jobs)
     assert max(done(job).usage.sweeps for job in jobs) <= sweeps <= sum(done(job).usage.sweeps for job in jobs)
     moved = more("lamella_weight_bytes_total", tier="disk")
-    rows, rest = divmod(
-        moved - watched.model_bytes * sweeps, watched.row_bytes
-    )  # of the embedding: a token reads its own
+    # Beside the layers a sweep reads rows of the embedding: those of the tokens that it is given.
+    rows, rest = divmod(moved - watched.model_bytes * sweeps, watched.row_bytes)
     assert rest == 0
     assert 0 < rows <= more("lamella_prompt_tokens_total") + 3 * 6
     assert more("lamella_streamed_bytes_total") == moved
@@ -144,6 +143,7 @@ def test_metrics_of_a_busy_worker_tell_how_full_it_is(watched: Watched) -> None:
 def test_every_line_of_the_log_is_an_object_and_those_about_a_job_name_it(watched: Watched) -> None:
     (job,) = watched.run(3)
 
+    wait_until(lambda: f"job={job.id} ended" in watched.workers.log(WORKER))
     lines = [json.loads(line) for line in watched.workers.log(WORKER).splitlines()]
 
     about = [line for line in lines if line.get("job") == job.id]

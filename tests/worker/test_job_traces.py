@@ -129,7 +129,7 @@ def test_a_trace_that_its_client_does_not_sample_has_no_spans(traced: Traced) ->
     traced.session.run("j", trace)
 
     assert trace is not None
-    assert trace.endswith("-00")
+    assert int(trace[-2:], 16) & 1 == 0
     assert traced.spans("attempt") == []
 
 
@@ -142,10 +142,12 @@ def test_the_traceparent_travels_beside_celerys_own_headers() -> None:
 
 def test_nothing_of_opentelemetry_is_loaded_unless_it_is_asked_for() -> None:
     program = (
-        "import sys, lamella, lamella.cli\n"
+        "import sys, redis.asyncio\n"  # which loads its metrics part by itself where it is installed
+        "before = set(sys.modules)\n"
+        "import lamella, lamella.cli\n"
         "from lamella.tracing import submission\n"
         "with submission('x', 'm') as trace: assert trace.traceparent is None\n"
-        "print([name for name in sys.modules if name.startswith('opentelemetry')])"
+        "print([name for name in set(sys.modules) - before if name.startswith('opentelemetry')])"
     )
 
     shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)

@@ -9,12 +9,13 @@ import pytest
 import redis
 from prometheus_client import CollectorRegistry, generate_latest
 
+from lamella.embedded import EmbeddedServer
 from lamella.keys import Keys
 from lamella.messages import Done, Usage
 from lamella.registry_calls import claim_call, emit_call, retry_call
 from lamella_worker import metrics_fleet
 from lamella_worker.metrics_fleet import MODELS_SHOWN, FleetCollector, FleetReader, targets
-from lamella_worker.registry import Registry
+from lamella_worker.registry import Registry, open_redis
 from tests.scrape import Scrape
 from tests.test_dashboards import worker_info
 from tests.worker.conftest import MODEL, Jobs
@@ -130,6 +131,24 @@ def test_redis_is_not_asked_again_within_seconds(jobs: Jobs, fake_redis: redis.R
     jobs.submit("j")
 
     assert reader.read() is first
+
+
+def test_a_server_that_restarts_is_told_of_and_found_again(
+    own_server: EmbeddedServer, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_fleet, "KEEP_S", 0.0)
+    client = open_redis(own_server.url, 2.0)
+    reader = FleetReader(client, keys)
+    before = reader.read()
+
+    own_server.stop()
+    away = reader.read()
+    own_server.start()
+
+    assert before is not None
+    assert away is None
+    assert reader.read() is not None
+    client.close()
 
 
 def test_targets_are_the_workers_that_serve_metrics(registry: Registry, fake_redis: redis.Redis, keys: Keys) -> None:

@@ -89,12 +89,12 @@ def jobs_of(record: logging.LogRecord, message: str) -> list[JobLabel]:
     data = getattr(record, "data", None)  # celery attaches its task, whose id is the job's
     if isinstance(data, dict) and isinstance(data.get("id"), str):
         return [_label(data["id"])]
-    current = _current.get()
+    current = _current.get(None)
     return [] if current is None else [_label(current.job, current.attempt)]
 
 
 def _label(job_id: str, attempt: int | None = None) -> JobLabel:
-    current = _current.get()
+    current = _current.get(None)
     if attempt is None and current is not None and current.job == job_id:
         attempt = current.attempt
     if attempt is None:

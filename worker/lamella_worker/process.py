@@ -119,15 +119,9 @@ def serve_engine(
 
         publisher = Publisher(engine, table, session.delivery, on_publisher_end, watch)
         keeper = LeaseKeeper(table, session.delivery, config.worker.lease_s)
-        worker_facts = WorkerFacts(
-            name,
-            config.worker.model,
-            device.label,
-            lambda: engine.facts,
-            engine.counters,
-            table,
-            (lambda: _process_info(child.state)) if child else None,
-        )
+        process = (lambda: _process_info(child.state)) if child else None
+        served, label = config.worker.model, device.label
+        worker_facts = WorkerFacts(name, served, label, lambda: engine.facts, engine.counters, table, process)
         worker_facts.metrics_address = telemetry.metrics_address
 
         def info() -> WorkerInfo:
