@@ -50,7 +50,9 @@ def test_every_kind_of_host_has_its_config() -> None:
 
 
 def test_no_file_in_configs_is_left_unchecked() -> None:
-    assert {path.suffix for path in CONFIGS.iterdir() if path.is_file()} == {".toml", ".conf"}
+    assert {path.suffix for path in CONFIGS.iterdir() if path.is_file()} == {".toml", ".conf", ".acl"}
+    # tests/security/test_acl.py reads these.
+    assert {path.stem for path in CONFIGS.glob("*.acl")} == {"client", "worker", "monitor"}
     assert [path.name for path in CONFIGS.glob("*.conf")] == ["valkey.conf"]
 
 
@@ -61,7 +63,7 @@ def test_reference_config_shows_every_setting() -> None:
 
     # A name must differ between workers, so a file that several may share cannot show one. What is off unless it is
     # set can be shown as a comment only.
-    off = {"telemetry.metrics_port", "telemetry.traces"}
+    off = {"telemetry.metrics_port", "telemetry.traces", "security.encryption_keys_file"}
     assert keys == set(known_keys()) - {"worker.name"} - off
     assert all(f"\n# {key.partition('.')[2]} = " in (CONFIGS / "local-cpu.toml").read_text() for key in off)
 
@@ -74,6 +76,7 @@ def test_reference_config_shows_defaults_unless_it_says_otherwise() -> None:
         "dtype": "float32", "kv_tokens": 8192, "sweep_tokens": 256, "shared_memory": Path("/dev/shm/lamella")
     }  # fmt: skip
     assert config.redis == bare.redis
+    assert config.security == bare.security
     assert config.worker == bare.worker.model_copy(update={"device": "cpu"})
     assert config.telemetry == bare.telemetry
     assert config.engine == bare.engine.model_copy(update=said_otherwise)

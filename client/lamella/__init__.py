@@ -9,6 +9,7 @@ Files in the order in which a request flows through them:
 - `connection`: pools, timeouts, retries; `server_url`: which server; `server_errors`: wording of its refusals
 - `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections
 - `messages`, `records`: what comes back, as types; `completion`: a finished job's text
+- `secret_sources`, `key_ring`, `job_seal`, `keep_time`, `acl`: passwords, encrypted jobs, what is kept, who may do what
 - `errors`: everything that is raised
 - `embedded`, `child_process`, `service_state`: a private server for `lamella up`
 - `cli`: the ``lamella`` command
@@ -23,6 +24,7 @@ from lamella.completion import Completion
 from lamella.errors import (
     ConfigError,
     DecodeError,
+    EncryptionError,
     IdempotencyConflict,
     JobCancelled,
     JobError,
@@ -69,6 +71,7 @@ __all__ = [
     "ConfigError",
     "DecodeError",
     "Done",
+    "EncryptionError",
     "Failed",
     "IdempotencyConflict",
     "Job",

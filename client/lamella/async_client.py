@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
 from lamella import operations
 from lamella.async_job import AsyncJob
 from lamella.completion import Completion
-from lamella.connection import AsyncConnection, check_seconds
+from lamella.connection import AsyncConnection, Privacy, check_seconds
 from lamella.keys import DEFAULT_PREFIX
 from lamella.messages import JobStatus, ModelInfo, WorkerInfo
 from lamella.registry_calls import CancelStatus
@@ -24,9 +25,11 @@ class AsyncClient:
 
     `url` is redis://, rediss:// or unix://; None means LAMELLA_REDIS_URL, else a running `lamella up`, else
     redis://127.0.0.1:6379/0. `timeout_s` bounds each call; `heal_s` is how long a stream looks for a lost server.
+    With `encryption_keys_file` (else LAMELLA_ENCRYPTION_KEYS_FILE) prompts and answers lie encrypted in Redis. `keep_s`
+    (else LAMELLA_KEEP_S, else six hours) is how long a job is kept that this client cancels while it waits.
 
     Raises:
-        ConfigError: the URL is not of a known form.
+        ConfigError: the URL is not of a known form, or a setting or file of the environment cannot be used.
         RequestError: a time span is not a number above 0.
     """
 
@@ -37,9 +40,11 @@ class AsyncClient:
         prefix: str = DEFAULT_PREFIX,
         timeout_s: float = 10.0,
         heal_s: float = DEFAULT_HEAL_S,
+        encryption_keys_file: str | Path | None = None,
+        keep_s: int | None = None,
     ) -> None:
         self._heal_s = check_seconds("heal_s", heal_s)
-        self._connection = AsyncConnection(url, prefix, timeout_s)
+        self._connection = AsyncConnection(url, prefix, timeout_s, Privacy(encryption_keys_file, keep_s))
 
     async def __aenter__(self) -> AsyncClient:
         """Return the client."""
@@ -65,7 +70,9 @@ class AsyncClient:
             ServerError: the server did not accept it; nothing was half-done.
         """
         draft = draft_request(prompt, options)
-        return self.job(await self._connection.run(operations.submit(self._connection.keys, draft)))
+        return self.job(
+            await self._connection.run(operations.submit(self._connection.keys, draft, self._connection.ring))
+        )
 
     async def generate(
         self, prompt: str | None = None, *, timeout_s: float = DEFAULT_WAIT_S, **options: Unpack[SubmitOptions]

@@ -27,7 +27,7 @@ def read_async_stream(
         ServerUnreachable: the server was away for longer than `heal_s`.
         ServerRefused: the server refuses to be read.
     """
-    order = StreamOrder(check_job_id(job_id), check_after(after))
+    order = StreamOrder(check_job_id(job_id), check_after(after), connection.ring)
     clock = StreamClock(job_id, connection.url, check_seconds("timeout_s", timeout_s), heal_s)
     return _items(connection, order, clock)
 

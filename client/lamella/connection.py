@@ -10,17 +10,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import os
 import time
 from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError
 from redis.retry import Retry
 
 from lamella.errors import LamellaError, RequestError
+from lamella.keep_time import resolve_keep_s
+from lamella.key_ring import KEYS_VARIABLE, KeyRing, load_key_ring
 from lamella.keys import Keys
 from lamella.registry_calls import ScriptCall, ScriptName, script_source
 from lamella.server_errors import is_passing, translated
@@ -48,6 +53,19 @@ def check_seconds(name: str, value: object) -> float:
 def script_digest(name: ScriptName) -> str:
     """Return the SHA-1 under which the server knows a script."""
     return hashlib.sha1(script_source(name).encode(), usedforsecurity=False).hexdigest()
+
+
+class Privacy(NamedTuple):
+    """What a client does for the privacy of its jobs; None leaves it to the environment."""
+
+    encryption_keys_file: str | Path | None = None
+    keep_s: int | None = None
+
+    def open_ring(self) -> KeyRing | None:
+        """Return the encryption keys, if a file with them is named here or in the environment."""
+        if self.encryption_keys_file is not None:
+            return load_key_ring(self.encryption_keys_file)
+        return load_key_ring(os.environ.get(KEYS_VARIABLE), KEYS_VARIABLE)
 
 
 class _Attempts:
@@ -79,6 +97,7 @@ def sync_redis(url: str, socket_timeout_s: float) -> redis.Redis:
         url,
         protocol=2,
         decode_responses=True,
+        encoding_errors="surrogateescape",  # bytes that are no text reach the decoders, which refuse them
         socket_timeout=socket_timeout_s,
         socket_connect_timeout=socket_timeout_s,
         health_check_interval=HEALTH_CHECK_S,
@@ -97,6 +116,7 @@ def async_redis(url: str, connect_timeout_s: float) -> redis.asyncio.Redis:
         url,
         protocol=2,
         decode_responses=True,
+        encoding_errors="surrogateescape",  # bytes that are no text reach the decoders, which refuse them
         socket_timeout=None,
         socket_connect_timeout=connect_timeout_s,
         health_check_interval=HEALTH_CHECK_S,
@@ -111,12 +131,15 @@ class Connection:
     Attributes:
         url: the server's URL (with credentials: do not print it).
         keys: key names under the prefix.
+        ring: the encryption keys, if a key file is named.
         timeout_s: deadline of one operation.
     """
 
-    def __init__(self, url: str | None, prefix: str, timeout_s: float) -> None:
+    def __init__(self, url: str | None, prefix: str, timeout_s: float, privacy: Privacy | None = None) -> None:
         self.url = resolve_url(url)
-        self.keys = Keys(prefix)
+        private = privacy or Privacy()
+        self.keys = Keys(prefix, resolve_keep_s(private.keep_s))
+        self.ring = private.open_ring()
         self.timeout_s = check_seconds("timeout_s", timeout_s)
         self._commands = sync_redis(self.url, self.timeout_s / 3)
         self._readers = sync_redis(self.url, READER_SOCKET_TIMEOUT_S)
@@ -170,8 +193,11 @@ class Connection:
             arguments = (*step.keys, *(str(value) for value in step.args))
             try:
                 return self._commands.evalsha(script_digest(step.script), len(step.keys), *arguments)
-            except NoScriptError:
-                return self._commands.eval(script_source(step.script), len(step.keys), *arguments)
+            except NoScriptError as error:
+                try:
+                    return self._commands.eval(script_source(step.script), len(step.keys), *arguments)
+                except NoPermissionError:
+                    raise error from None  # whoever may only run what workers have loaded is told so
         with self._commands.pipeline(transaction=True) as pipeline:
             for command in step.commands:
                 pipeline.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py leaves it bare
@@ -181,9 +207,11 @@ class Connection:
 class AsyncConnection:
     """A pool of asyncio connections, for use within one event loop; parallel to `Connection`."""
 
-    def __init__(self, url: str | None, prefix: str, timeout_s: float) -> None:
+    def __init__(self, url: str | None, prefix: str, timeout_s: float, privacy: Privacy | None = None) -> None:
         self.url = resolve_url(url)
-        self.keys = Keys(prefix)
+        private = privacy or Privacy()
+        self.keys = Keys(prefix, resolve_keep_s(private.keep_s))
+        self.ring = private.open_ring()
         self.timeout_s = check_seconds("timeout_s", timeout_s)
         self._commands = async_redis(self.url, self.timeout_s / 3)
         self._readers = async_redis(self.url, READER_SOCKET_TIMEOUT_S)
@@ -238,8 +266,11 @@ class AsyncConnection:
             arguments = (*step.keys, *(str(value) for value in step.args))
             try:
                 return await self._commands.evalsha(script_digest(step.script), len(step.keys), *arguments)
-            except NoScriptError:
-                return await self._commands.eval(script_source(step.script), len(step.keys), *arguments)
+            except NoScriptError as error:
+                try:
+                    return await self._commands.eval(script_source(step.script), len(step.keys), *arguments)
+                except NoPermissionError:
+                    raise error from None  # as above
         async with self._commands.pipeline(transaction=True) as pipeline:
             for command in step.commands:
                 pipeline.execute_command(*command)

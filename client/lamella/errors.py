@@ -15,6 +15,7 @@
     │   ├── JobFailed             ended in Failed (``code``, ``message``)
     │   └── JobCancelled          ended in Cancelled
     ├── WaitTimeout               the caller's own deadline passed; the job goes on
+    ├── EncryptionError           a job is encrypted, and its key is not here or is another one
     ├── DecodeError               a message on the wire is not of a form this version reads
     └── ConfigError               a setting is unknown or cannot work (file, key and fix are named)
 """
@@ -114,6 +115,10 @@ class JobCancelled(JobError):
 
 class WaitTimeout(LamellaError):
     """The caller's deadline passed; the job itself goes on and can be streamed again."""
+
+
+class EncryptionError(LamellaError):
+    """A job is encrypted and cannot be read here: its key is missing or another one. The job itself is unharmed."""
 
 
 class DecodeError(LamellaError):

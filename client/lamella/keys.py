@@ -34,9 +34,15 @@ POISON_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Keys:
-    """Key names under one prefix; Celery sees the same prefix as ``global_keyprefix``."""
+    """Key names under one prefix, which Celery has as ``global_keyprefix``, and how long ended jobs are kept."""
 
     prefix: str = DEFAULT_PREFIX
+    finished_ttl_s: int = FINISHED_TTL_S
+
+    @property
+    def idempotency_ttl_s(self) -> int:
+        """How long an idempotency key stands for its job: a day, or less where ended jobs are kept for less."""
+        return min(IDEMPOTENCY_TTL_S, 4 * self.finished_ttl_s)
 
     def job(self, job_id: str) -> str:
         """Hash of the job's record."""

@@ -21,6 +21,11 @@ from lamella.errors import DecodeError
 
 SCHEMA_VERSION = 1
 MAX_PROMPT_CHARS = 4_000_000
+MAX_CHAT_MESSAGES = 100_000
+MAX_REQUEST_CHARS = 6 * MAX_PROMPT_CHARS + 8_000_000  # as JSON, where a character may take six
+MAX_EVENT_CHARS = 16_000_000
+MAX_HEARTBEAT_CHARS = 100_000
+MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKENS_LIMIT = 1_000_000
 
 _MODEL_NAME = re.compile(
@@ -31,7 +36,8 @@ _MODEL_NAME = re.compile(
 class Wire(BaseModel):
     """Base of all messages: frozen, no unknown keys, no silent conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # An error's text never repeats what was wrong: it may be a prompt, and errors end up in logs.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def check_model_name(name: str) -> str:
@@ -42,7 +48,7 @@ def check_model_name(name: str) -> str:
     """
     if len(name) > 200 or ".." in name or not _MODEL_NAME.match(name):
         raise ValueError(
-            f"{name!r} is not a model name; use 'name', 'owner/name' or 'owner/name@revision' "
+            f"{name[:80]!r} is not a model name; use 'name', 'owner/name' or 'owner/name@revision' "
             "made of letters, digits, '.', '_' and '-'"
         )
     return name
@@ -67,7 +73,10 @@ class ChatMessage(Wire):
     """One turn of a conversation, rendered by the model's own chat template."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str
+    content: str = Field(repr=False)
+
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
 class SamplingParams(Wire):
@@ -80,7 +89,7 @@ class SamplingParams(Wire):
 
     max_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS_LIMIT)
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, le=MAX_TOKEN_ID)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
@@ -88,9 +97,16 @@ class SamplingParams(Wire):
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: tuple[Annotated[str, Field(min_length=1, max_length=1000)], ...] = Field(default=(), max_length=16)
-    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=64)
+    stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=64)
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_is_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            _check_unicode(text, "a stop string")
+        return value
 
 
 class GenerateRequest(Wire):
@@ -99,8 +115,8 @@ class GenerateRequest(Wire):
     version: Literal[1] = 1
     kind: Literal["generate"] = "generate"
     model: str
-    prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS)
-    messages: tuple[ChatMessage, ...] | None = None
+    prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS, repr=False)
+    messages: tuple[ChatMessage, ...] | None = Field(default=None, max_length=MAX_CHAT_MESSAGES, repr=False)
     sampling: SamplingParams = SamplingParams()
 
     @field_validator("model")
@@ -120,15 +136,15 @@ class GenerateRequest(Wire):
             if sum(len(message.content) for message in self.messages) > MAX_PROMPT_CHARS:
                 raise ValueError(f"the chat is longer than {MAX_PROMPT_CHARS} characters")
         for text in (self.prompt or "", *(m.content for m in self.messages or ())):
-            _check_unicode(text)
+            _check_unicode(text, "the prompt")
         return self
 
 
-def _check_unicode(text: str) -> None:
+def _check_unicode(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not valid text (a lone surrogate at character {error.start})") from error
+        raise ValueError(f"{what} is not valid text (a lone surrogate at character {error.start})") from error
 
 
 class Usage(Wire):
@@ -148,9 +164,9 @@ class Usage(Wire):
 class TokenLogprob(Wire):
     """Log-probabilities (natural log, after temperature 1, before any filter) at one position."""
 
-    token_id: int
+    token_id: TokenId
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[tuple[TokenId, float], ...] = ()
 
 
 class TokenEvent(Wire):
@@ -160,8 +176,8 @@ class TokenEvent(Wire):
     """
 
     type: Literal["token"] = "token"
-    token_ids: tuple[int, ...]
-    text: str
+    token_ids: tuple[TokenId, ...] = Field(repr=False)
+    text: str = Field(repr=False)
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
@@ -202,14 +218,20 @@ TerminalEvent = Done | Failed | Cancelled
 _STREAM_EVENT: TypeAdapter[TokenEvent | Done | Failed | Cancelled | Progress] = TypeAdapter(StreamEvent)
 
 
+def _check_length(raw: str | bytes, most: int, what: str) -> None:
+    if len(raw) > most:
+        raise DecodeError(f"{len(raw)} characters are too many for {what}; at most {most} are read")
+
+
 def decode_event(raw: str | bytes) -> TokenEvent | Done | Failed | Cancelled | Progress:
     """Decode one stream event from its JSON form.
 
     Raises:
         DecodeError: the text is not an event this version reads.
     """
+    _check_length(raw, MAX_EVENT_CHARS, "a stream event")
     try:
-        return _STREAM_EVENT.validate_json(raw)
+        return _STREAM_EVENT.validate_json(raw, strict=True)
     except ValidationError as error:
         raise DecodeError(f"not a stream event of schema {SCHEMA_VERSION}: {error.errors()[0]['msg']}") from error
 
@@ -220,8 +242,9 @@ def decode_request(raw: str | bytes) -> GenerateRequest:
     Raises:
         DecodeError: the text is not a request this version reads.
     """
+    _check_length(raw, MAX_REQUEST_CHARS, "a request")
     try:
-        return GenerateRequest.model_validate_json(raw)
+        return GenerateRequest.model_validate_json(raw, strict=True)
     except ValidationError as error:
         raise DecodeError(f"not a request of schema {SCHEMA_VERSION}: {error.errors()[0]['msg']}") from error
 
@@ -256,7 +279,7 @@ class WorkerInfo(Wire):
     `metrics_address` is where Prometheus finds the worker's metrics, as host:port, None where it serves none.
     `last_sweep_at` is None until the first job; while jobs run it is not before the first of them came, so a worker
     with running jobs and an old `last_sweep_at` is stuck. `engine_process` is None where the engine has no process of
-    its own.
+    its own; `key_ids` names the worker's encryption keys.
     """
 
     name: str
@@ -277,6 +300,7 @@ class WorkerInfo(Wire):
     peak_rss_bytes: int
     engine_process: EngineProcessInfo | None = None
     metrics_address: str | None = None
+    key_ids: tuple[str, ...] = ()
 
 
 class JobStatus(Wire):

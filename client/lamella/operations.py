@@ -9,7 +9,17 @@ from __future__ import annotations
 import uuid
 
 from lamella.celery_message import celery_message
-from lamella.errors import DecodeError, IdempotencyConflict, JobNotFound, NoWorkerError, QueueFull, RequestError
+from lamella.errors import (
+    DecodeError,
+    EncryptionError,
+    IdempotencyConflict,
+    JobNotFound,
+    NoWorkerError,
+    QueueFull,
+    RequestError,
+)
+from lamella.job_seal import seal_request
+from lamella.key_ring import KeyRing
 from lamella.keys import JOBS_LISTED, Keys
 from lamella.messages import Failed, GenerateRequest, JobStatus, ModelInfo, WorkerInfo
 from lamella.records import STATUS_FIELDS, decode_status, decode_workers, log
@@ -30,30 +40,39 @@ from lamella.tracing import submission
 MAX_WORKERS_LISTED = 1000
 
 
-def submit(keys: Keys, draft: RequestDraft) -> Operation[str]:
+def submit(keys: Keys, draft: RequestDraft, ring: KeyRing | None = None) -> Operation[str]:
     """Accept a job and return its id; an idempotency key seen before returns the job it belongs to.
+
+    With `ring` the request is stored encrypted, and so is everything the job will say.
 
     Raises:
         NoWorkerError: the draft requires a live worker for its model and there is none.
         RequestError: no model is named and not exactly one is served.
         IdempotencyConflict: the key belongs to another request.
+        EncryptionError: live workers serve the model, but none of them has the key in use.
         QueueFull: the model's queue is at its bound.
     """
     idempotency = None
     if draft.idempotency_key is not None:
-        idempotency = Idempotency(draft.idempotency_key, draft.request_hash())
+        hashes = (draft.request_hash(),) if ring is None else ring.fingerprints(draft.request_hash())
+        idempotency = Idempotency(draft.idempotency_key, hashes[0])
         prior = yield commands(("HMGET", keys.idempotency(idempotency.key), "job", "hash"))
-        if job_id := _prior_job(answers(prior)[0], idempotency):
+        if job_id := _prior_job(answers(prior)[0], idempotency.key, hashes):
             return job_id
     model = yield from _choose_model(keys, draft)
-    return (yield from _send(keys, draft.request(model), idempotency))
+    if ring is not None and draft.require_worker:
+        yield from _check_key(keys, ring.key_id, model)
+    return (yield from _send(keys, draft.request(model), idempotency, ring))
 
 
-def _send(keys: Keys, request: GenerateRequest, idempotency: Idempotency | None) -> Operation[str]:
+def _send(
+    keys: Keys, request: GenerateRequest, idempotency: Idempotency | None, ring: KeyRing | None
+) -> Operation[str]:
     job_id = uuid.uuid4().hex
+    stored = seal_request(ring, job_id, request.model_dump_json(exclude_none=True)) if ring is not None else None
     with submission("lamella.submit", request.model) as trace:
         message = celery_message(job_id, request.model, trace.traceparent)
-        call = submit_call(keys, job_id, request, message, idempotency)
+        call = submit_call(keys, job_id, request, message, idempotency, stored)
         reply = call.decode((yield call))
         trace.accepted(reply.job_id, reply.status.value)
     match reply.status:
@@ -68,12 +87,12 @@ def _send(keys: Keys, request: GenerateRequest, idempotency: Idempotency | None)
             )
 
 
-def _prior_job(answer: object, idempotency: Idempotency) -> str | None:
+def _prior_job(answer: object, key: str, hashes: tuple[str, ...]) -> str | None:
     job_id, request_hash = answers(answer)
     if job_id is None:
         return None
-    if request_hash != idempotency.request_hash:
-        raise _conflict(idempotency.key, str(job_id))
+    if request_hash not in hashes:
+        raise _conflict(key, str(job_id))
     return str(job_id)
 
 
@@ -82,6 +101,17 @@ def _conflict(key: str, job_id: str) -> IdempotencyConflict:
         f"idempotency key {key!r} belongs to job {job_id}, which is another request; "
         "use a new key for a new request, or repeat the request unchanged"
     )
+
+
+def _check_key(keys: Keys, key_id: str, model: str) -> Operation[None]:
+    """Refuse a job that no worker of its model could open now; it would wait without a word."""
+    held = {key for worker in (yield from workers(keys)) if worker.model.name == model for key in worker.key_ids}
+    if key_id not in held:
+        raise EncryptionError(
+            f"no live worker of {model!r} has the encryption key {key_id!r}; the keys they have: "
+            f"{', '.join(sorted(held)) or 'none'}. Give client and workers the same encryption key file, or submit "
+            "with require_worker=False to let the job wait for a worker that has it."
+        )
 
 
 def _choose_model(keys: Keys, draft: RequestDraft) -> Operation[str]:

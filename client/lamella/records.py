@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from lamella.errors import DecodeError
-from lamella.messages import SCHEMA_VERSION, JobState, JobStatus, TerminalEvent, TokenEvent, WorkerInfo, decode_event
+from lamella.messages import (
+    MAX_HEARTBEAT_CHARS,
+    SCHEMA_VERSION,
+    JobState,
+    JobStatus,
+    TerminalEvent,
+    TokenEvent,
+    WorkerInfo,
+    decode_event,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +54,8 @@ def decode_status(job_id: str, values: Sequence[object]) -> JobStatus | None:
             "use the lamella version that wrote it"
         )
     try:
+        for value in values:
+            str(value).encode()  # what is no text fails here
         return JobStatus(
             job_id=job_id,
             state=JobState(str(record["state"])),
@@ -58,7 +69,7 @@ def decode_status(job_id: str, values: Sequence[object]) -> JobStatus | None:
             cancel_requested=record["cancel"] is not None,
             outcome=None if record["outcome"] is None else decode_outcome(str(record["outcome"])),
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DecodeError(f"the record of job {job_id} is malformed ({str(error).splitlines()[0]})") from error
 
 
@@ -80,8 +91,11 @@ def decode_workers(values: Sequence[object]) -> list[WorkerInfo]:
     for value in values:
         if value is None:
             continue
+        if len(str(value)) > MAX_HEARTBEAT_CHARS:
+            log.warning("left out a worker whose heartbeat has %d characters", len(str(value)))
+            continue
         try:
-            workers.append(WorkerInfo.model_validate_json(str(value)))
+            workers.append(WorkerInfo.model_validate_json(str(value), strict=True))
         except ValidationError as error:
             log.warning("left out a worker whose heartbeat this version does not read: %s", error.errors()[0]["msg"])
     return workers

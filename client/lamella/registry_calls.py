@@ -183,9 +183,14 @@ def script_source(name: ScriptName) -> str:
 
 
 def submit_call(
-    keys: Keys, job_id: str, request: GenerateRequest, message: str, idempotency: Idempotency | None = None
+    keys: Keys,
+    job_id: str,
+    request: GenerateRequest,
+    message: str,
+    idempotency: Idempotency | None = None,
+    stored_request: str | None = None,
 ) -> ScriptCall[SubmitReply]:
-    """Accept a job; `message` is its Celery envelope (JSON)."""
+    """Accept a job; `message` is its Celery envelope (JSON), `stored_request` its request if that is in a box."""
     unused = keys.job(job_id)
     return ScriptCall(
         ScriptName.SUBMIT,
@@ -200,11 +205,11 @@ def submit_call(
             job_id,
             SCHEMA_VERSION,
             request.model,
-            request.model_dump_json(exclude_none=True),
+            request.model_dump_json(exclude_none=True) if stored_request is None else stored_request,
             message,
             wire_keys.MAX_QUEUED,
             wire_keys.JOBS_LISTED,
-            wire_keys.IDEMPOTENCY_TTL_S,
+            keys.idempotency_ttl_s,
             idempotency.request_hash if idempotency else "",
         ),
         _decode_submit,
@@ -223,7 +228,7 @@ def claim_call(keys: Keys, job_id: str, worker: str, lease_ms: int, max_attempts
             max_attempts,
             SCHEMA_VERSION,
             keys.channel(job_id),
-            wire_keys.FINISHED_TTL_S,
+            keys.finished_ttl_s,
             encode_event(poison_event(job_id, max_attempts)),
             encode_event(Cancelled()),
         ),
@@ -238,11 +243,12 @@ def emit_call(
     first_seq: int,
     lease_ms: int,
     events: Sequence[TokenEvent | TerminalEvent] = (),
+    encode: Callable[[int, TokenEvent | TerminalEvent], str] = lambda seq, event: encode_event(event),
 ) -> ScriptCall[EmitReply]:
     """Store and publish a job's next events and renew its lease; with no events it only renews (`first_seq` unused).
 
     `first_seq` is the number of ``events[0]``. A terminal event, which can only be the last one, ends the job in the
-    same step. Repeating a call whose answer was lost is harmless.
+    same step. Repeating a call whose answer was lost is harmless. `encode` makes an event's stored text.
 
     Raises:
         ValueError: a terminal event stands before the last place.
@@ -258,9 +264,9 @@ def emit_call(
             first_seq,
             lease_ms,
             keys.channel(job_id),
-            wire_keys.FINISHED_TTL_S,
+            keys.finished_ttl_s,
             _final_state(events[-1]) if events else "",
-            *(encode_event(event) for event in events),
+            *(encode(first_seq + place, event) for place, event in enumerate(events)),
         ),
         _decode_emit,
     )
@@ -273,9 +279,8 @@ def release_call(keys: Keys, job_id: str, fence: int, give_back_attempt: bool) -
 
 def nudge_call(keys: Keys, job_id: str, model: str, quiet_ms: int) -> ScriptCall[NudgeStatus]:
     """Send a job's Celery message again if it looks lost; `quiet_ms` is the least time between two nudges."""
-    return ScriptCall(
-        ScriptName.NUDGE, (keys.job(job_id), keys.queue_list(model), keys.active), (job_id, quiet_ms), _decode_nudge
-    )
+    names = (keys.job(job_id), keys.queue_list(model), keys.active)
+    return ScriptCall(ScriptName.NUDGE, names, (job_id, quiet_ms), _decode_nudge)
 
 
 def cancel_call(keys: Keys, job_id: str) -> ScriptCall[CancelStatus]:
@@ -283,7 +288,7 @@ def cancel_call(keys: Keys, job_id: str) -> ScriptCall[CancelStatus]:
     return ScriptCall(
         ScriptName.CANCEL,
         (keys.job(job_id), keys.stream(job_id), keys.active),
-        (job_id, keys.channel(job_id), wire_keys.FINISHED_TTL_S, encode_event(Cancelled())),
+        (job_id, keys.channel(job_id), keys.finished_ttl_s, encode_event(Cancelled())),
         _decode_cancel,
     )
 
@@ -377,7 +382,7 @@ def _member(kind: type[Member], raw: object) -> Member:
 
 def _items(raw: object, script: str, count: int) -> list[object]:
     if not isinstance(raw, list) or len(raw) < count:
-        raise DecodeError(f"the {script} script answered {raw!r}, which this version does not read")
+        raise DecodeError(f"the {script} script answered with {type(raw).__name__}, which this version does not read")
     return raw[:count]
 
 

@@ -213,5 +213,8 @@ def _explained(error: ValidationError, where: str, known: tuple[str, ...]) -> st
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        text = "a number with thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."

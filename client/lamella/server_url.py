@@ -1,7 +1,8 @@
 """Which server to speak to, and how to speak *of* it: the URL's choice, and its form without credentials.
 
-Order: the argument, LAMELLA_REDIS_URL, the server of a running `lamella up`, and last ``redis://127.0.0.1:6379/0``.
-Neighbours: `service_state` (the running service), `connection` (which opens the URL).
+Order: the argument, LAMELLA_REDIS_URL (or the file LAMELLA_REDIS_URL_FILE names), the server of a running `lamella up`,
+and last ``redis://127.0.0.1:6379/0``. A URL without a password gets the one of LAMELLA_REDIS_PASSWORD. Neighbours:
+`secret_sources` (environment and files), `service_state` (the running service), `connection` (which opens the URL).
 """
 
 from __future__ import annotations
@@ -10,27 +11,35 @@ import os
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from lamella.errors import ConfigError
+from lamella.secret_sources import FILE_SUFFIX, URL_VARIABLE, secret_from, with_password
 from lamella.service_state import running_service
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
-URL_VARIABLE = "LAMELLA_REDIS_URL"
 SCHEMES = ("redis", "rediss", "unix")
 TLS_OPTIONS = ("ssl_cert_reqs", "ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname")
+TLS_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 URL_OPTIONS = ("db", "username", "password", *TLS_OPTIONS)
 
 
 def resolve_url(url: str | None) -> str:
-    """Return the URL to use, checked for its form.
+    """Return the URL to use, checked for its form, with its password.
 
     Raises:
-        ConfigError: it is not of the form redis://, rediss:// or unix://.
+        ConfigError: it is not of the form redis://, rediss:// or unix://, or a file it needs cannot be read.
     """
     if url is not None:
-        return check_url(url, "the Redis URL")
-    if from_environment := os.environ.get(URL_VARIABLE):
-        return check_url(from_environment, URL_VARIABLE)
-    service = running_service()
-    return service.url if service else DEFAULT_URL
+        return with_password(check_url(url, "the Redis URL"), os.environ)
+    if from_environment := secret_from(os.environ, URL_VARIABLE):
+        return with_password(check_url(from_environment, URL_VARIABLE), os.environ)
+    if service := running_service():
+        return service.url
+    return with_password(DEFAULT_URL, os.environ)
+
+
+def is_named(url: str | None) -> bool:
+    """True if an argument or the environment names a server, or one of `lamella up` is running."""
+    variables = (URL_VARIABLE, URL_VARIABLE + FILE_SUFFIX)
+    return url is not None or any(os.environ.get(name) for name in variables) or running_service() is not None
 
 
 def check_url(url: str, source: str) -> str:
@@ -40,17 +49,36 @@ def check_url(url: str, source: str) -> str:
         parts = urlsplit(url)
         usable = parts.scheme in SCHEMES and bool(parts.path if parts.scheme == "unix" else parts.hostname)
         usable = usable and (parts.port is None or parts.port > 0) and _database_is_a_number(parts)
-        unknown = [key for key, _ in parse_qsl(parts.query, keep_blank_values=True) if key not in URL_OPTIONS]
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
     except ValueError:
-        usable, unknown = False, []
+        usable, options = False, {}
     if not usable:
         # The URL itself is not repeated and the cause not chained: either may hold a password.
         raise ConfigError(
             f"{source} is not a server URL; use {forms} (special characters in a password percent-encoded)"
         ) from None
-    if unknown:
+    if unknown := [key for key in options if key not in URL_OPTIONS]:
         raise ConfigError(f"{source} has the unknown option {unknown[0]!r}; known options: {', '.join(URL_OPTIONS)}")
+    if complaint := tls_complaint(parts.scheme, options):
+        raise ConfigError(f"{source} {complaint}")
     return url
+
+
+def tls_complaint(scheme: str, options: dict[str, str]) -> str | None:
+    """Say what is wrong with the options for TLS, or nothing."""
+    given = [key for key in options if key in TLS_OPTIONS]
+    if given and scheme != "rediss":
+        return f"has the option {given[0]}, but speaks no TLS: begin it with rediss:// instead of {scheme}://"
+    if options.get("ssl_cert_reqs", "required") not in ("required", "optional", "none"):
+        return "has an ssl_cert_reqs that is none of required, optional and none"
+    if options.get("ssl_check_hostname", "true").lower() not in ("true", "false"):
+        return "has an ssl_check_hostname that is neither true nor false"
+    if bool(options.get("ssl_certfile")) != bool(options.get("ssl_keyfile")):
+        return "needs both ssl_certfile and ssl_keyfile for a client certificate: give the other one as well"
+    for key in TLS_FILES:
+        if key in options and not os.access(options[key], os.R_OK):
+            return f"names {options[key]!r} as {key}, which cannot be read; name a file that this user may read"
+    return None
 
 
 def _database_is_a_number(parts: SplitResult) -> bool:

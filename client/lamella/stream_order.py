@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lamella.errors import DecodeError, JobError, JobNotFound
+from lamella.job_seal import JobSeal
+from lamella.key_ring import KeyRing
 from lamella.keys import Keys
 from lamella.messages import Cancelled, Done, Failed, JobState, Progress, TokenEvent, decode_event
 from lamella.records import decode_outcome
@@ -34,8 +36,9 @@ class StreamOrder:
         ended: True once nothing more will come.
     """
 
-    def __init__(self, job_id: str, after: int) -> None:
+    def __init__(self, job_id: str, after: int, ring: KeyRing | None = None) -> None:
         self.job_id = job_id
+        self._seal = JobSeal(ring)
         self.last = after
         self.behind = True
         self.ended = False
@@ -54,7 +57,7 @@ class StreamOrder:
             return [StreamItem(None, decode_event(body))]
         if not head.isdecimal():
             raise DecodeError(f"a message on the channel of job {self.job_id} has no event number")
-        seq = int(head)
+        seq = self._number(head)
         if seq <= self.last:
             return []
         if seq > self.last + 1:
@@ -78,8 +81,8 @@ class StreamOrder:
         self.behind = len(page) == PAGE
         if self.behind or self.ended:
             return items
-        highest = int(str(seq))
-        if JobState(str(state)).is_final:
+        highest = self._number(seq)
+        if self._state(state).is_final:
             self.ended = True
             if highest > self.last and outcome is not None:
                 self.last = highest
@@ -91,13 +94,27 @@ class StreamOrder:
     def _entry(self, entry: object) -> tuple[int, str]:
         if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], dict):
             raise DecodeError(f"a stored event of job {self.job_id} is not of a form this version reads")
-        seq = int(str(entry[0]).partition("-")[0])
+        seq = self._number(str(entry[0]).partition("-")[0])
         if seq != self.last + 1:
             raise self._lost(seq - 1)
         return seq, str(entry[1].get("e"))
 
+    def _number(self, raw: object) -> int:
+        text = str(raw)
+        if not (text.isascii() and text.isdecimal() and len(text) <= 19):
+            raise DecodeError(f"the record of job {self.job_id} has an event number that is none: {text[:40]!r}")
+        return int(text)
+
+    def _state(self, raw: object) -> JobState:
+        try:
+            return JobState(str(raw))
+        except ValueError as error:
+            raise DecodeError(
+                f"job {self.job_id} is in a state this version does not know: {str(raw)[:40]!r}"
+            ) from error
+
     def _next(self, seq: int, body: str) -> StreamItem:
-        event = decode_event(body)
+        event = decode_event(self._seal.open_event(seq, body))
         self.last = seq
         self.ended = not isinstance(event, TokenEvent)
         return StreamItem(seq, event)

@@ -181,8 +181,9 @@ def test_something_broken_exits_with_1(embedded_server: EmbeddedServer, embedded
     assert "BROKEN  server: maxmemory-policy is allkeys-lru" in result.stdout
 
 
-def test_a_named_server_that_is_away_is_broken() -> None:
-    result = CliRunner().invoke(app, ["doctor", "--redis-url", "redis://:geheim@127.0.0.1:1/0", "--disk-mib", "4"])
+def test_a_named_server_that_is_away_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMELLA_REDIS_URL", "redis://:geheim@127.0.0.1:1/0")
+    result = CliRunner().invoke(app, ["doctor", "--disk-mib", "4"])
 
     assert result.exit_code == 1
     assert "no answer" in result.stdout

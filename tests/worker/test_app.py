@@ -80,5 +80,5 @@ def test_tls_checks_the_certificate_unless_told_otherwise(registry: Registry) ->
     loose = app_for("rediss://host/0?ssl_cert_reqs=none", registry)
 
     assert isinstance(strict.connection_for_read().transport, Transport)
-    assert strict.connection_for_read().ssl == {"ssl_cert_reqs": ssl.CERT_REQUIRED}
-    assert loose.connection_for_read().ssl == {"ssl_cert_reqs": ssl.CERT_NONE}
+    assert strict.connection_for_read().ssl == {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
+    assert loose.connection_for_read().ssl == {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}

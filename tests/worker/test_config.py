@@ -27,7 +27,7 @@ def complaint(path: Path | None, flags: dict[str, object] | None = None, environ
 def test_defaults_are_complete_but_for_the_model() -> None:
     config = load_config(None, MODEL, {})
 
-    assert config.redis.url == "redis://127.0.0.1:6379/0"
+    assert config.redis.url.get_secret_value() == "redis://127.0.0.1:6379/0"
     assert config.worker.device == "auto"
     assert config.slots == config.engine.max_sequences == 8
     assert config.engine.store == Path("~/.cache/lamella/shards").expanduser()
@@ -41,7 +41,7 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path:
 
     config = load_config(path, {"redis.url": "redis://flag:3/0"}, environ)
 
-    assert config.redis.url == "redis://flag:3/0"
+    assert config.redis.url.get_secret_value() == "redis://flag:3/0"
     assert config.engine.store == Path("/env")
     assert config.redis.prefix == "f:"
     assert config.worker.lease_s == 10.0
@@ -50,7 +50,7 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path:
 def test_an_empty_environment_variable_counts_as_unset() -> None:
     config = load_config(None, MODEL, {"LAMELLA_REDIS_URL": "", "LAMELLA_STORE": ""})
 
-    assert config.redis.url == "redis://127.0.0.1:6379/0"
+    assert config.redis.url.get_secret_value() == "redis://127.0.0.1:6379/0"
 
 
 def test_the_settings_cannot_be_changed_afterwards() -> None:

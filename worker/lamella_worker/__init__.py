@@ -3,6 +3,7 @@
 In the order a job flows through them:
 
 - `cli`, `config`, `log_setup`, `device`: from a command line to settings and a pinned device, before torch is loaded.
+- `security_table`, `server_check`: which models may be served, and a server that will never let this worker in.
 - `process`, `open_engine`, `worker_error`: one worker put together and taken apart.
 - `child_engine`, `supervisor`, `sweep_watch`, `restart_rule`, `engine_process`: the engine in a process of its own.
 - `channel`, `engine_messages`: what the two say to each other; `engine_child`, `engine_server`, `failpoints`: its side.
@@ -12,7 +13,7 @@ In the order a job flows through them:
 - `running_job`, `job_table`: what all of these know of a job.
 - `lease_keeper`, `lease`, `reconciler`: leases of jobs, leases of deliveries, and jobs that nobody works on.
 - `heartbeat`, `health`, `flower_info`, `monitor`, `drain`: signs of life, those who look at them, and the end;
-  `stoppable_thread`.
+  `remote_control`, `scripts`, `listing_sweep`, `stoppable_thread`.
 - `telemetry`, `telemetry_config`, `job_watch`, `engine_sources`: who is told what happens, and where figures come from.
 - `metrics_jobs`, `metrics_engine`, `metrics_server`: a worker's metrics; `metrics_cli`, `metrics_fleet`: those of all.
 - `job_traces`: spans of jobs; `log_context`: what log lines are labelled with.

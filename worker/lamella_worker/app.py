@@ -14,11 +14,13 @@ from celery import Celery
 from kombu.entity import Queue
 
 from lamella.keys import queue_name
+from lamella.server_url import TLS_FILES
 from lamella_worker import transport
 from lamella_worker.config import WorkerConfig
 from lamella_worker.flower_info import FlowerInfo
 from lamella_worker.lease import DeliveryLease
 from lamella_worker.reconciler import Reconciler, ReconcilerStep
+from lamella_worker.remote_control import LookOnlyNode
 
 VISIBILITY_TIMEOUT_S = 60  # renewed each third of it by `lease`; a dead worker's deliveries come back after it
 BROKER_TIMEOUT_S = 30
@@ -28,10 +30,11 @@ def make_app(config: WorkerConfig, reconciler: Reconciler) -> Celery:
     """Return the Celery app of one worker, consuming its model's queue only."""
     app = Celery("lamella", set_as_current=False)
     queue = queue_name(config.worker.model)
+    url = config.redis.url.get_secret_value()
     app.conf.update(
-        broker_url=broker_url(config.redis.url, transport.NAME),
+        broker_url=broker_url(url, transport.NAME),
         broker_transport=transport.NAME,
-        broker_use_ssl=broker_ssl(config.redis.url),
+        broker_use_ssl=broker_ssl(url),
         result_backend=None,
         task_acks_late=True,
         task_ignore_result=True,
@@ -62,25 +65,38 @@ def make_app(config: WorkerConfig, reconciler: Reconciler) -> Celery:
         },
     )
     app.lamella_reconciler = reconciler
+    app.control.mailbox.node_cls = LookOnlyNode
     app.steps["consumer"].update({DeliveryLease, FlowerInfo, ReconcilerStep})
     return app
 
 
 def broker_url(url: str, transport_name: str = "redis") -> str:
-    """Return a Redis URL as Celery reads it: a unix socket is ``redis+socket://``, its database ``virtual_host``."""
+    """Return a Redis URL as Celery reads it: a unix socket is ``redis+socket://``, its database ``virtual_host``.
+
+    Credentials go to the front, where Celery blots them out; options for TLS are left to `broker_ssl`.
+    """
     parts = urlsplit(url)
-    if parts.scheme != "unix":
-        return url
     query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-    credentials = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
+    credentials, _, place = parts.netloc.rpartition("@")
     if not credentials and ("username" in query or "password" in query):
-        credentials = f"{quote(query.get('username', ''), safe='')}:{quote(query.get('password', ''), safe='')}@"
-    return f"{transport_name}+socket://{credentials}{parts.path}?{urlencode({'virtual_host': query.get('db', '0')})}"
+        credentials = f"{quote(query.get('username', ''), safe='')}:{quote(query.get('password', ''), safe='')}"
+    login = f"{credentials}@" if credentials else ""
+    if parts.scheme == "unix":
+        return f"{transport_name}+socket://{login}{parts.path}?{urlencode({'virtual_host': query.get('db', '0')})}"
+    return f"{parts.scheme}://{login}{place}/{query.get('db') or parts.path.strip('/')}".rstrip("/")
 
 
-def broker_ssl(url: str) -> dict[str, ssl.VerifyMode] | None:
-    """Celery checks no certificate unless told to; the worker's own connections do, so the broker's do as well."""
+def broker_ssl(url: str) -> dict[str, object] | None:
+    """Return Celery's TLS settings for a rediss:// URL: certificate and host name are checked unless it says not to.
+
+    Celery by itself checks no certificate.
+    """
     parts = urlsplit(url)
-    if parts.scheme != "rediss" or "ssl_cert_reqs" in parse_qs(parts.query):
+    if parts.scheme != "rediss":
         return None
-    return {"ssl_cert_reqs": ssl.CERT_REQUIRED}
+    query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+    kinds = {"required": ssl.CERT_REQUIRED, "optional": ssl.CERT_OPTIONAL, "none": ssl.CERT_NONE}
+    kind = query.get("ssl_cert_reqs", "required")
+    checks_name = query.get("ssl_check_hostname", "true").lower() == "true" and kind != "none"
+    files = {key: value for key, value in query.items() if key in TLS_FILES}
+    return {"ssl_cert_reqs": kinds[kind], "ssl_check_hostname": checks_name, **files}

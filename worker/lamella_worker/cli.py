@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from lamella.errors import ConfigError
+from lamella.secret_sources import without_password
 from lamella_worker.config import WorkerConfig, load_config
 from lamella_worker.device import pin_device
 from lamella_worker.health import check_worker
@@ -31,7 +32,19 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
-RedisUrlOption = Annotated[str | None, typer.Option("--redis-url", help="redis://, rediss:// or unix:// URL.")]
+
+
+def _redis_url(url: str | None) -> str | None:
+    try:
+        return without_password(url, "--redis-url")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+RedisUrlOption = Annotated[
+    str | None,
+    typer.Option("--redis-url", help="redis://, rediss:// or unix:// URL, without a password.", callback=_redis_url),
+]
 PrefixOption = Annotated[str | None, typer.Option("--prefix", help="What every Redis key starts with.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="The worker's name; no two workers share one.")]
 
@@ -121,12 +134,16 @@ def _serve(config: WorkerConfig) -> int:
         typer.echo(f"error: {error}", err=True)
         return EXIT_BAD_SETTING
     try:
+        config.security.admitted(config.worker.model)
         from lamella_worker.process import serve  # loads the engine's types, and then the engine
 
         return serve(config, device)
     except ImportError as error:
         typer.echo(f'error: {error}; a worker needs more packages: pip install "lamella[worker]"', err=True)
         return EXIT_CANNOT_SERVE
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        return EXIT_BAD_SETTING
     except WorkerError as error:
         log.debug("the worker cannot serve", exc_info=True)
         typer.echo(f"error: {error}", err=True)

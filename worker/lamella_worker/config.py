@@ -1,9 +1,9 @@
 """The worker's settings: one frozen value, read once when the process starts.
 
 Owns the tables ``[redis]``, ``[worker]`` and ``[engine]``, their defaults, and what makes a value unusable; the table
-``[telemetry]`` is in `telemetry_config`. A setting comes from the command line, else the environment
-(``LAMELLA_REDIS_URL``, ``LAMELLA_STORE``), else the file, else its default. Opens no connection and loads no engine;
-`cli` reads it and hands it to everything else.
+``[telemetry]`` is in `telemetry_config`, ``[security]`` in `security_table`. A setting comes from the command line,
+else the environment (`ENVIRONMENT`), else the file, else its default; secrets never from the command line. Opens no
+connection and loads no engine; `cli` reads it and hands it to everything else.
 """
 
 from __future__ import annotations
@@ -15,20 +15,34 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from lamella.errors import ConfigError
+from lamella.keep_time import KEEP_VARIABLE
+from lamella.key_ring import KEYS_VARIABLE
 from lamella.keys import DEFAULT_PREFIX
 from lamella.messages import check_model_name
+from lamella.secret_sources import secret_from, with_password
+from lamella.server_url import tls_complaint
+from lamella_worker.security_table import SecurityTable
 from lamella_worker.telemetry_config import TelemetryTable
 
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 DEFAULT_STORE = "~/.cache/lamella/shards"
 
-TABLES = ("redis", "worker", "engine", "telemetry")
+TABLES = ("redis", "worker", "engine", "telemetry", "security")
 FLAGS = {
     "redis.url": "--redis-url",
     "redis.prefix": "--prefix",
@@ -47,7 +61,12 @@ FLAGS = {
     "telemetry.metrics_port": "--metrics-port",
     "telemetry.log_format": "--log-format",
 }
-ENVIRONMENT = {"redis.url": "LAMELLA_REDIS_URL", "engine.store": "LAMELLA_STORE"}
+ENVIRONMENT = {
+    "redis.url": "LAMELLA_REDIS_URL",
+    "engine.store": "LAMELLA_STORE",
+    "security.keep_s": KEEP_VARIABLE,
+    "security.encryption_keys_file": KEYS_VARIABLE,
+}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", re.ASCII)
 _DEVICE = re.compile(r"auto|cpu|cuda:\d{1,3}", re.ASCII)
@@ -74,14 +93,14 @@ def _as_budget(value: object) -> object:
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class RedisTable(_Table):
     """Where the queue, the job records and the streams live."""
 
-    url: str = Field(
-        default=DEFAULT_REDIS_URL,
+    url: SecretStr = Field(
+        default=SecretStr(DEFAULT_REDIS_URL),
         description="redis://HOST:PORT/DB, rediss://... for TLS, or unix:///path/to/socket?db=0",
     )
     prefix: str = Field(
@@ -91,7 +110,8 @@ class RedisTable(_Table):
 
     @field_validator("url")
     @classmethod
-    def _usable_url(cls, value: str) -> str:
+    def _usable_url(cls, secret: SecretStr) -> SecretStr:
+        value = secret.get_secret_value()
         parts = urlsplit(value)
         if parts.scheme not in ("redis", "rediss", "unix"):
             raise ValueError(f"its scheme is {parts.scheme!r}, not redis, rediss or unix")
@@ -106,7 +126,9 @@ class RedisTable(_Table):
                 raise ValueError("it names no host and port")
             if database and not database.isdigit():
                 raise ValueError("its path is not the number of a database")
-        return value
+        if complaint := tls_complaint(parts.scheme, dict(parse_qsl(parts.query, keep_blank_values=True))):
+            raise ValueError(f"it {complaint}")
+        return secret
 
     @field_validator("prefix")
     @classmethod
@@ -219,6 +241,7 @@ class WorkerConfig(_Table):
     worker: WorkerTable
     engine: EngineTable = EngineTable()
     telemetry: TelemetryTable = TelemetryTable()
+    security: SecurityTable = SecurityTable()
 
     @property
     def slots(self) -> int:
@@ -245,13 +268,15 @@ def load_config(
     origins: dict[str, str] = {}
     env = os.environ if environ is None else environ
     for key, variable in ENVIRONMENT.items():
-        if env.get(variable):
-            _override(tables, key, env[variable], path)
+        if value := secret_from(env, variable) if key == "redis.url" else env.get(variable):
+            is_number = key == "security.keep_s" and value.isascii() and value.isdecimal() and len(value) < 12
+            _override(tables, key, int(value) if is_number else value, path)
             origins[key] = f"environment variable {variable}"
     for key, value in flags.items():
         if value is not None:
             _override(tables, key, value, path)
             origins[key] = f"option {FLAGS.get(key, key)}"
+    _complete_url(tables, env)
     try:
         return WorkerConfig.model_validate(tables)
     except ValidationError as error:
@@ -284,6 +309,13 @@ def _override(tables: dict[str, object], dotted: str, value: object, path: Path 
     section[key] = value
 
 
+def _complete_url(tables: dict[str, object], env: Mapping[str, str]) -> None:
+    """Give the server's URL its password; what is wrong with the URL or its table is said by the validation."""
+    section = tables.setdefault("redis", {})
+    if isinstance(section, dict) and isinstance(url := section.get("url", DEFAULT_REDIS_URL), str):
+        section["url"] = with_password(url, env)
+
+
 def known_keys() -> dict[str, str]:
     """Every setting as dotted key, with what it is."""
     tables: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -291,6 +323,7 @@ def known_keys() -> dict[str, str]:
         ("worker", WorkerTable),
         ("engine", EngineTable),
         ("telemetry", TelemetryTable),
+        ("security", SecurityTable),
     )
     return {f"{table}.{key}": field.description or "" for table, t in tables for key, field in t.model_fields.items()}
 

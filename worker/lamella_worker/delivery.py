@@ -116,7 +116,15 @@ class Delivery:
     ) -> list[tuple[Emission, RegistryAway]]:
         failures: list[tuple[Emission, RegistryAway]] = []
         calls = [
-            emit_call(self._registry.keys, e.job.job_id, e.job.fence, e.job.next_seq, self._lease_ms, e.events)
+            emit_call(
+                self._registry.keys,
+                e.job.job_id,
+                e.job.fence,
+                e.job.next_seq,
+                self._lease_ms,
+                e.events,
+                e.job.seal.encode,
+            )
             for e in emissions
         ]
         for emission, reply in zip(emissions, self._registry.call_many(calls, notices), strict=True):

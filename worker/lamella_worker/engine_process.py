@@ -17,12 +17,14 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
+from lamella.key_ring import KEYS_VARIABLE
+from lamella.secret_sources import SERVER_VARIABLES
 from lamella_worker.channel import Channel, ChannelBroken
-from lamella_worker.config import ENVIRONMENT
 from lamella_worker.engine_messages import Close, Open, Order, Report, decode_report, encode
 from lamella_worker.engine_port import EngineAway
 from lamella_worker.log_setup import current_labels
 
+NOT_FOR_ENGINES = (*SERVER_VARIABLES, KEYS_VARIABLE)  # an engine speaks to no server and opens no box
 log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "lamella_worker.engine_child")
@@ -61,7 +63,7 @@ class EngineProcess:
                 [*command, str(theirs.fileno()), str(os.getpid()), level, current_labels().encoded()],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env={name: value for name, value in os.environ.items() if name != ENVIRONMENT["redis.url"]},
+                env={name: value for name, value in os.environ.items() if name not in NOT_FOR_ENGINES},
                 start_new_session=True,  # an interrupt from a terminal is for the worker; and all of it can be killed
             )
         except BaseException:

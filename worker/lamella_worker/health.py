@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from lamella.keys import WORKER_TTL_S, Keys
 from lamella.messages import WorkerInfo
+from lamella.server_errors import tls_trouble
 from lamella_worker.config import RedisTable
 from lamella_worker.registry import open_redis
 
@@ -36,7 +37,7 @@ def check_health(client: redis.Redis, keys: Keys, name: str | None, longest_swee
     try:
         infos = _read_infos(client, keys, name)
     except RedisError as error:
-        return Health(False, f"Redis does not answer: {type(error).__name__}: {error}")
+        return Health(False, f"Redis does not answer: {tls_trouble(error) or f'{type(error).__name__}: {error}'}")
     except ValidationError:
         return Health(False, "the heartbeat is of another version than this program")
     if name is None:
@@ -83,7 +84,7 @@ def _read_infos(client: redis.Redis, keys: Keys, name: str | None) -> list[Worke
 
 def check_worker(table: RedisTable, name: str | None, longest_sweep_s: float, timeout_s: float) -> Health:
     """Connect, judge, disconnect; every answer is waited for at most `timeout_s` seconds."""
-    client = open_redis(table.url, timeout_s)
+    client = open_redis(table.url.get_secret_value(), timeout_s)
     try:
         return check_health(client, Keys(table.prefix), name, longest_sweep_s)
     finally:

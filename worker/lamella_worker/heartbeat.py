@@ -21,6 +21,7 @@ from lamella.keys import HEARTBEAT_S, WORKER_TTL_S, Keys
 from lamella.messages import EngineProcessInfo, ModelInfo, WorkerInfo
 from lamella_engine.sequence_types import EngineCounters, EngineFacts
 from lamella_worker.job_table import JobTable
+from lamella_worker.scripts import load_scripts
 from lamella_worker.stoppable_thread import StoppableThread
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Heartbeat:
             pipe.set(self._keys.worker(self._name), info.model_dump_json(), ex=WORKER_TTL_S)
             pipe.zadd(self._keys.workers, {self._name: int(info.heartbeat_at * 1000)})
             pipe.execute()
+        load_scripts(self._client)  # a server that was started anew has forgotten them, and clients may not load them
 
     def _run(self, stop: threading.Event) -> None:
         is_first = True

@@ -59,7 +59,7 @@ def metrics(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    client = open_redis(settings.redis.url, REDIS_TIMEOUT_S)
+    client = open_redis(settings.redis.url.get_secret_value(), REDIS_TIMEOUT_S)
     reader = FleetReader(client, Keys(settings.redis.prefix))
     registry = CollectorRegistry()
     registry.register(FleetCollector(reader.read))

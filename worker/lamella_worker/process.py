@@ -16,7 +16,9 @@ from typing import Any
 
 from celery import signals
 from celery.apps.worker import Worker
+from kombu.utils.url import maybe_sanitize_url
 
+from lamella.key_ring import KeyRing, load_key_ring
 from lamella.keys import Keys, queue_name
 from lamella.messages import EngineProcessInfo, WorkerInfo
 from lamella_engine.errors import EngineError
@@ -35,6 +37,7 @@ from lamella_worker.log_setup import label_logs
 from lamella_worker.publisher import Publisher
 from lamella_worker.reconciler import Reconciler
 from lamella_worker.registry import Registry, open_redis
+from lamella_worker.server_check import refuse_hopeless
 from lamella_worker.session import Session
 from lamella_worker.supervisor import ChildState, EngineSpec
 from lamella_worker.tasks import add_generate_task
@@ -53,6 +56,14 @@ class LamellaWorker(Worker):  # type: ignore[misc]  # celery publishes no types
     def install_platform_tweaks(self, worker: Any) -> None:
         """Leave the signals to `drain`, which has taken them over already."""
 
+    def stats(self) -> dict[str, object]:
+        """Return Celery's figures without the password that a unix socket's address carries."""
+        figures: dict[str, object] = super().stats()
+        broker = figures.get("broker")
+        if isinstance(broker, dict):
+            figures["broker"] = {key: maybe_sanitize_url(value) for key, value in broker.items()}
+        return figures
+
     def set_process_status(self, info: str) -> None:
         """Leave the process's title alone."""
 
@@ -61,24 +72,31 @@ def serve(config: WorkerConfig, device: PinnedDevice) -> int:
     """Open the engine and serve jobs until told to stop; returns the exit code.
 
     Raises:
-        WorkerError: the engine cannot open. Nothing was taken from the queue.
+        ConfigError: the model is not allowed, or the encryption keys cannot be used; nothing was fetched.
+        WorkerError: the server refuses this worker, or the engine cannot open. Nothing was taken from the queue.
     """
     name = worker_name(config, device)
     label_logs(ProcessLabels(config.telemetry.log_format, name, config.worker.model))
+    opened_as = config.security.admitted(config.worker.model)
+    ring = load_key_ring(config.security.encryption_keys_file, "security.encryption_keys_file")
+    refuse_hopeless(config.redis.url.get_secret_value(), config.redis.prefix, REGISTRY_TIMEOUT_S)
     log.info("lamella worker %s, pid %d", version("lamella"), os.getpid())
-    log.info("model %s", config.worker.model)
+    log.info("model %s%s", config.worker.model, f" (as {opened_as})" if opened_as != config.worker.model else "")
+    if ring is not None:
+        log.info("encrypted jobs are served, with %r", ring)
     log.info("device %s (%s)", device.label, device.why)
     with Telemetry(config, name) as telemetry:
-        return serve_engine(_open(config, device), config, device, telemetry)
+        return serve_engine(_open(config, device), config, device, telemetry, ring)
 
 
 def _open(config: WorkerConfig, device: PinnedDevice) -> SweepEngine:
+    model = config.security.admitted(config.worker.model)
     if config.worker.isolation == "child":
-        spec = EngineSpec(config.worker.model, config.engine, device.engine_device)
+        spec = EngineSpec(model, config.engine, device.engine_device)
         return ChildEngine.open(spec, config.worker)
     from lamella_worker.open_engine import open_engine  # the one place that loads torch
 
-    return open_engine(config.worker.model, config.engine, device.engine_device)
+    return open_engine(model, config.engine, device.engine_device)
 
 
 def worker_name(config: WorkerConfig, device: PinnedDevice) -> str:
@@ -88,28 +106,31 @@ def worker_name(config: WorkerConfig, device: PinnedDevice) -> str:
 
 
 def serve_engine(
-    engine: SweepEngine, config: WorkerConfig, device: PinnedDevice, telemetry: Telemetry | None = None
+    engine: SweepEngine,
+    config: WorkerConfig,
+    device: PinnedDevice,
+    telemetry: Telemetry | None = None,
+    ring: KeyRing | None = None,
 ) -> int:
     """Serve jobs with an open engine until told to stop, then close it and `telemetry`; returns the exit code."""
     name = worker_name(config, device)
     facts = engine.facts
     log.info("plan: %d layers, %d bytes, %s, %d slots", facts.num_layers, facts.size_bytes, facts.dtype, config.slots)
     log.info("queue %s, worker %s", queue_name(config.worker.model), name)
-    keys = Keys(config.redis.prefix)
+    keys = Keys(config.redis.prefix, config.security.keep_s)
     with ExitStack() as stack:
         stack.callback(device.release)
         stack.callback(_close_engine, engine)
-        client = open_redis(config.redis.url, REGISTRY_TIMEOUT_S)
+        client = open_redis(config.redis.url.get_secret_value(), REGISTRY_TIMEOUT_S)
         stack.callback(client.close)
-        impatient = open_redis(config.redis.url, RECONCILER_TIMEOUT_S)
+        impatient = open_redis(config.redis.url.get_secret_value(), RECONCILER_TIMEOUT_S)
         stack.callback(impatient.close)
-
         telemetry = stack.enter_context(telemetry or Telemetry(config, name))
         watch = telemetry.watch
         table = JobTable()
         child = engine if isinstance(engine, ChildEngine) else None
         wait_ready = child.wait_ready if child else lambda timeout_s: True
-        session = Session(engine, Registry(client, keys), table, config, name, wait_ready, watch)
+        session = Session(engine, Registry(client, keys, ring), table, config, name, wait_ready, watch)
         drain = Drain(session, config.worker.drain_s)
 
         def on_publisher_end(has_failed: bool) -> None:
@@ -125,7 +146,8 @@ def serve_engine(
         worker_facts.metrics_address = telemetry.metrics_address
 
         def info() -> WorkerInfo:
-            return worker_facts.info(is_draining=session.is_draining)
+            told = worker_facts.info(is_draining=session.is_draining)
+            return told.model_copy(update={"key_ids": ring.key_ids}) if ring is not None else told
 
         sources = EngineSources(info, engine.counters, lambda: engine.facts.plan)
         telemetry.tell_of(sources)

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from lamella.keys import Keys
 from lamella.registry_calls import NudgeStatus, nudge_call
 from lamella_worker.job_watch import NO_WATCH, JobWatch
+from lamella_worker.listing_sweep import ListingSweep
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Reconciler:
         self._quiet_ms = max(SHORTEST_QUIET_MS, int(lease_s * 1000))
         self._watch = watch
         self._offset = 0
+        self._listing = ListingSweep(client, registry.keys)
         self._is_away = False
 
     def tick(self) -> None:
@@ -58,6 +60,7 @@ class Reconciler:
                 return
             self._nudge_page()
             self._drop_dead_workers()
+            self._listing.sweep()
             self._is_away = False
         except (RedisError, RegistryAway, RegistryBroken) as error:
             if not self._is_away:
@@ -84,6 +87,9 @@ class Reconciler:
         calls = [nudge_call(self._keys, j, m or "none", self._quiet_ms) for j, m in zip(page, models, strict=True)]
         num_gone = 0
         for job_id, answer in zip(page, self._registry.call_many(calls), strict=True):
+            if isinstance(answer, RegistryBroken):  # one record that no worker can have written must not stop the walk
+                log.error("job=%s cannot be looked after, its record is malformed: %s", job_id, answer)
+                continue
             if isinstance(answer, Exception):
                 raise answer
             if answer is NudgeStatus.NUDGED:

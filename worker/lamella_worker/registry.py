@@ -7,7 +7,7 @@ means is in `lamella.registry_calls`. Never retries by itself: the callers know 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TypeVar, cast
 
@@ -28,6 +28,7 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from lamella.errors import DecodeError
+from lamella.key_ring import KeyRing
 from lamella.keys import Keys
 from lamella.messages import JobState, TokenEvent, decode_event
 from lamella.registry_calls import ClaimReply, ClaimStatus, ScriptCall, ScriptName, script_source
@@ -68,6 +69,7 @@ def open_redis(url: str, timeout_s: float) -> redis.Redis:
         url,
         protocol=2,
         decode_responses=True,
+        encoding_errors="surrogateescape",  # bytes that are no text reach the decoders, which refuse them
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         health_check_interval=15,
@@ -78,8 +80,9 @@ def open_redis(url: str, timeout_s: float) -> redis.Redis:
 class Registry:
     """The registry's scripts and reads over one connection pool; safe to use from any thread."""
 
-    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+    def __init__(self, client: redis.Redis, keys: Keys, ring: KeyRing | None = None) -> None:
         self.keys = keys
+        self.ring = ring  # the keys of encrypted jobs, if there are any
         self._client = client
         self._shas: dict[ScriptName, str] = {}
 
@@ -160,10 +163,13 @@ class Registry:
             raise _translate(error) from error
         return None if created_at is None else (int(created_at) / 1000, int(seconds) + int(micros) / 1e6)
 
-    def stored_token_ids(self, job_id: str, last_seq: int) -> tuple[int, ...]:
-        """Read back the token ids of the job's events 1 to `last_seq`.
+    def stored_token_ids(
+        self, job_id: str, last_seq: int, opened: Callable[[int, str], str] = lambda seq, stored: stored
+    ) -> tuple[int, ...]:
+        """Read back the token ids of the job's events 1 to `last_seq`; `opened` decrypts what is stored for one.
 
         Raises:
+            EncryptionError: `opened` cannot.
             StreamLost: they are not all there, in order and readable.
             RegistryAway: Redis gave no answer.
         """
@@ -181,13 +187,13 @@ class Registry:
                 seen += 1
                 if entry_id != f"{seen}-0":
                     raise StreamLost(f"event {seen} is gone from the stream")
-                token_ids.extend(_token_ids(fields, seen))
+                token_ids.extend(_token_ids(fields, seen, opened))
         return tuple(token_ids)
 
 
-def _token_ids(fields: dict[str, str], seq: int) -> tuple[int, ...]:
+def _token_ids(fields: dict[str, str], seq: int, opened: Callable[[int, str], str]) -> tuple[int, ...]:
     try:
-        event = decode_event(fields.get("e", ""))
+        event = decode_event(opened(seq, fields.get("e", "")))
     except DecodeError as error:
         raise StreamLost(f"event {seq} is unreadable: {error}") from error
     if not isinstance(event, TokenEvent):

@@ -10,6 +10,7 @@ import threading
 import time
 from enum import Enum
 
+from lamella.job_seal import JobSeal
 from lamella_worker.log_context import sequence_id
 
 
@@ -17,6 +18,7 @@ class Outcome(Enum):
     """How a job's life on this worker ended."""
 
     ENDED = "ended"  # its terminal event is stored
+    SET_ASIDE = "set aside"  # this worker lacks the key; to be released as if given back, for another one to take
     LOST = "lost"  # its record is gone or another worker has it; nothing of ours is wanted
     GIVEN_BACK = "given back"  # to be released with its attempt returned
     ATTEMPT_FAILED = "attempt failed"  # to be released with its attempt counted
@@ -25,7 +27,8 @@ class Outcome(Enum):
 class RunningJob:
     """A job under our claim; flags are set once and never cleared."""
 
-    def __init__(self, job_id: str, fence: int, next_seq: int, attempts: int) -> None:
+    def __init__(self, job_id: str, fence: int, next_seq: int, attempts: int, seal: JobSeal | None = None) -> None:
+        self.seal = seal or JobSeal(None)
         self.job_id = job_id
         self.fence = fence
         self.attempts = attempts

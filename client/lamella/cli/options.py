@@ -7,15 +7,26 @@ from typing import Annotated
 import typer
 
 from lamella.client import Client
+from lamella.errors import ConfigError
 from lamella.keys import DEFAULT_PREFIX
 from lamella.request_draft import SubmitOptions
+from lamella.secret_sources import without_password
+
+
+def _redis_url(url: str | None) -> str | None:
+    try:
+        return without_password(url, "--redis-url")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
 
 RedisUrl = Annotated[
     str | None,
     typer.Option(
         "--redis-url",
-        help="redis://, rediss:// or unix:// URL. Default: LAMELLA_REDIS_URL, else the running `lamella up`, "
-        "else redis://127.0.0.1:6379/0.",
+        callback=_redis_url,
+        help="redis://, rediss:// or unix:// URL, without password. Default: LAMELLA_REDIS_URL, else the running "
+        "`lamella up`, else redis://127.0.0.1:6379/0.",
     ),
 ]
 Prefix = Annotated[str, typer.Option("--prefix", help="What every Redis key of the service starts with.")]

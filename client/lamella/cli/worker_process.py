@@ -18,7 +18,7 @@ from typing import IO
 
 from lamella.child_process import start_child
 from lamella.errors import ConfigError, LamellaError
-from lamella.server_url import URL_VARIABLE
+from lamella.secret_sources import only_url
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
@@ -73,7 +73,7 @@ class WorkerProcess:
             self.spec.command(),
             death_signal=signal.SIGKILL,
             output=self._output,
-            environment={URL_VARIABLE: self.spec.redis_url},
+            environment=only_url(self.spec.redis_url),
         )
         self._started_at = time.monotonic()
         self._next_start = None
