@@ -5,7 +5,9 @@ Files in the order in which a request flows through them:
 - `client`, `async_client`: the calls users make; `job`, `async_job`: a handle on one job
 - `request_draft`: arguments checked, mistakes named
 - `operations`: what is exchanged with the registry, as `steps`; `tracing`: spans of submits, where they are asked for
-- `registry_calls`, ``lua/``: the scripts; `celery_message`: how a worker hears of a job; `keys`: every Redis name
+- `queue_terms`: whose a job is, how urgent, until when; `admission`: why one was refused; `limits`: what may wait
+- `registry_calls`, `queue_calls`, `script_call`, ``lua/``: the scripts, also how a worker hears of a job; `keys`: every
+  Redis name
 - `connection`: pools, timeouts, retries; `server_url`: which server; `server_errors`: wording of its refusals
 - `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections
 - `messages`, `records`: what comes back, as types; `completion`: a finished job's text
@@ -23,6 +25,7 @@ from lamella.client import Client
 from lamella.completion import Completion
 from lamella.errors import (
     ConfigError,
+    DeadlineHopeless,
     DecodeError,
     EncryptionError,
     IdempotencyConflict,
@@ -37,9 +40,11 @@ from lamella.errors import (
     ServerError,
     ServerRefused,
     ServerUnreachable,
+    UserLimitReached,
     WaitTimeout,
 )
 from lamella.job import Job
+from lamella.limits import Limits, UserLimits
 from lamella.messages import (
     Cancelled,
     ChatMessage,
@@ -48,6 +53,7 @@ from lamella.messages import (
     JobState,
     JobStatus,
     ModelInfo,
+    Priority,
     Progress,
     SamplingParams,
     TokenEvent,
@@ -69,6 +75,7 @@ __all__ = [
     "Client",
     "Completion",
     "ConfigError",
+    "DeadlineHopeless",
     "DecodeError",
     "Done",
     "EncryptionError",
@@ -82,8 +89,10 @@ __all__ = [
     "JobState",
     "JobStatus",
     "LamellaError",
+    "Limits",
     "ModelInfo",
     "NoWorkerError",
+    "Priority",
     "Progress",
     "QueueFull",
     "RequestError",
@@ -95,6 +104,8 @@ __all__ = [
     "TokenEvent",
     "TokenLogprob",
     "Usage",
+    "UserLimitReached",
+    "UserLimits",
     "WaitTimeout",
     "WorkerInfo",
 ]

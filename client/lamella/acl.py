@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lamella.errors import ConfigError
-from lamella.registry_calls import ScriptName, script_source
+from lamella.script_call import ScriptName, script_source
 
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 _CALL = re.compile(r"redis\.p?call\(\s*['\"]([A-Za-z]+)['\"]")
@@ -69,7 +69,12 @@ _COUNTS = ("llen", "zcard", "hlen", "scard")
 # fmt: on
 
 # What only workers run.
-_WORKER_SCRIPTS = frozenset((ScriptName.CLAIM, ScriptName.EMIT, ScriptName.RELEASE, ScriptName.NUDGE))
+_WORKER_SCRIPTS = frozenset(
+    (
+        *(ScriptName.CLAIM, ScriptName.EMIT, ScriptName.RELEASE, ScriptName.NUDGE),
+        *(ScriptName.SERVE, ScriptName.TEND, ScriptName.EXPIRE),
+    )
+)
 
 
 @dataclass(frozen=True)

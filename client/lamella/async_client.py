@@ -8,11 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
+from lamella import limits as limit_operations
 from lamella import operations
 from lamella.async_job import AsyncJob
 from lamella.completion import Completion
 from lamella.connection import AsyncConnection, Privacy, check_seconds
 from lamella.keys import DEFAULT_PREFIX
+from lamella.limits import LimitChanges, Limits, UserLimitChanges, UserLimits
 from lamella.messages import JobStatus, ModelInfo, WorkerInfo
 from lamella.registry_calls import CancelStatus
 from lamella.request_draft import SubmitOptions, draft_request
@@ -133,3 +135,19 @@ class AsyncClient:
     async def dead_jobs(self, limit: int = 20) -> list[JobStatus]:
         """Return the newest jobs whose attempts were used up, newest first; `retry` goes on with one."""
         return await self._connection.run(operations.dead_jobs(self._connection.keys, limit))
+
+    async def limits(self) -> Limits:
+        """Return the limits that hold for all models and users."""
+        return await self._connection.run(limit_operations.limits(self._connection.keys))
+
+    async def set_limits(self, **changes: Unpack[LimitChanges]) -> Limits:
+        """Change the limits given (None: take away) and return all; raises RequestError for an unusable one."""
+        return await self._connection.run(limit_operations.set_limits(self._connection.keys, changes))
+
+    async def user_limits(self, user: str) -> UserLimits:
+        """Return what one user may do, where it differs from others, and the weight of their share."""
+        return await self._connection.run(limit_operations.user_limits(self._connection.keys, user))
+
+    async def set_user_limits(self, user: str, **changes: Unpack[UserLimitChanges]) -> UserLimits:
+        """Change a user's limits or weight (None: as for everybody); raises RequestError for an unusable one."""
+        return await self._connection.run(limit_operations.set_user_limits(self._connection.keys, user, changes))

@@ -27,7 +27,7 @@ from lamella.errors import LamellaError, RequestError
 from lamella.keep_time import resolve_keep_s
 from lamella.key_ring import KEYS_VARIABLE, KeyRing, load_key_ring
 from lamella.keys import Keys
-from lamella.registry_calls import ScriptCall, ScriptName, script_source
+from lamella.script_call import ScriptCall, ScriptName, script_source
 from lamella.server_errors import is_passing, translated
 from lamella.server_url import resolve_url
 from lamella.steps import Operation, Result, Step

@@ -5,11 +5,13 @@
     LamellaError
     ├── RequestError              the call itself is unusable; nothing was sent
     │   ├── IdempotencyConflict   the same key was used before with another request
+    │   ├── DeadlineHopeless      the job could not be done before its deadline
     │   └── NoWorkerError         no live worker serves the model (``served`` lists what is)
     ├── ServerError               Redis did not do its part; the call may be repeated
     │   ├── ServerUnreachable     no answer from Redis
     │   ├── ServerRefused         Redis answered with a refusal (memory full, access denied, read-only)
-    │   └── QueueFull             the model's queue is at its bound
+    │   └── QueueFull             the model's queue is at its bound (``retry_after_s`` says when to try again)
+    │       └── UserLimitReached  one of the user's own limits is reached
     ├── JobError                  the job exists or existed, and did not end in Done
     │   ├── JobNotFound           no such job (wrong id, expired, or the server lost its data)
     │   ├── JobFailed             ended in Failed (``code``, ``message``)
@@ -53,6 +55,20 @@ class NoWorkerError(RequestError):
         )
 
 
+class DeadlineHopeless(RequestError):
+    """The deadline would pass before the job could be done, even if all goes twice as fast as estimated.
+
+    Attributes:
+        estimate_s: seconds until the job could bring its first token.
+        retry_after_s: seconds after which the queue may be shorter.
+    """
+
+    def __init__(self, message: str, estimate_s: float, retry_after_s: float) -> None:
+        self.estimate_s = estimate_s
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
 class ServerError(LamellaError):
     """Redis did not do its part; nothing was half-done and the call may be repeated."""
 
@@ -66,7 +82,19 @@ class ServerRefused(ServerError):
 
 
 class QueueFull(ServerError):
-    """The model's queue is at its bound; try again later."""
+    """The model's queue is at its bound; try again later.
+
+    Attributes:
+        retry_after_s: seconds after which a place may be free.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class UserLimitReached(QueueFull):
+    """As many jobs or tokens of this user wait and run as may."""
 
 
 class JobError(LamellaError):

@@ -12,7 +12,17 @@ key (after the prefix)      type     holds
 ``worker:{name}``           string   WorkerInfo JSON, with a time to live
 ``workers``                 zset     worker names scored by last heartbeat (Unix ms)
 ``reconciler``              string   name of the worker that reconciles now
-``generate.{model}``        list     Celery's queue of job ids for one model
+``generate.{model}``        list     Celery's queue of job ids for one model: those in flight that no worker has yet
+``queues``                  set      models that have jobs waiting or in flight
+``ready:{model}:{class}``   zset     users with waiting jobs, scored by virtual time; ``held:...`` and ``spent:...``
+                                     are alike: all are described at the head of ``lua/_queue.lua``, which names them
+``flight:{model}``          zset     ids of jobs sent to Celery or running, scored by when they were sent (Unix ms)
+``queue:{model}``           hash     the queue's virtual times and counters
+``share:{model}:{user}``    hash     a user's queued and sent jobs and their tokens
+``serving:{model}``         hash     worker to its slots and its last sign of life
+``capacity:{model}``        string   slots of all of them, with a time to live
+``deadlines``               zset     ids of jobs that wait under a deadline, scored by it (Unix ms)
+``limits``                  hash     limits of models and users; ``limits:{user}`` one user's own, and their weight
 ==========================  =======  =============================================================================
 """
 
@@ -21,6 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEFAULT_PREFIX = "lamella:"
+TRACE_HEADER = "traceparent"  # of a Celery message, W3C trace context
 TASK_NAME = "lamella.generate"
 
 FINISHED_TTL_S = 6 * 3600  # a finished job's record and stream stay readable this long
@@ -28,7 +39,7 @@ IDEMPOTENCY_TTL_S = 24 * 3600
 WORKER_TTL_S = 15  # a worker whose heartbeat is older is gone
 HEARTBEAT_S = 2.0
 JOBS_LISTED = 1000  # the newest jobs kept in the listing
-MAX_QUEUED = 10_000  # per model; one more is refused
+MAX_QUEUED = 10_000  # per model, unless limits say otherwise; one more is refused
 POISON_ATTEMPTS = 3
 
 
@@ -67,6 +78,37 @@ class Keys:
     def queue_list(self, model: str) -> str:
         """Redis list behind the model's Celery queue."""
         return self.prefix + queue_name(model)
+
+    def serving(self, model: str) -> str:
+        """Hash of the model's workers and their slots."""
+        return f"{self.prefix}serving:{model}"
+
+    def capacity(self, model: str) -> str:
+        """String with the slots of all of the model's workers."""
+        return f"{self.prefix}capacity:{model}"
+
+    def flight(self, model: str) -> str:
+        """Sorted set of the model's jobs that were sent to Celery and have not ended."""
+        return f"{self.prefix}flight:{model}"
+
+    def user_limits(self, user: str) -> str:
+        """Hash of one user's own limits and weight."""
+        return f"{self.prefix}limits:{user}"
+
+    @property
+    def limits(self) -> str:
+        """Hash of the limits that hold for all models and users."""
+        return f"{self.prefix}limits"
+
+    @property
+    def queues(self) -> str:
+        """Set of models that have jobs waiting or in flight."""
+        return f"{self.prefix}queues"
+
+    @property
+    def deadlines(self) -> str:
+        """Sorted set of jobs that wait under a deadline."""
+        return f"{self.prefix}deadlines"
 
     @property
     def active(self) -> str:

@@ -69,6 +69,24 @@ class JobState(StrEnum):
         return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
 
 
+class Priority(StrEnum):
+    """Classes of jobs: a higher one goes first, but of 17 jobs at least one is of each class that waits."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+    @property
+    def rank(self) -> int:
+        """0 for the class that goes first."""
+        return list(Priority).index(self)
+
+    @classmethod
+    def of_rank(cls, rank: int) -> Priority:
+        """Return the class of a rank; raises IndexError."""
+        return list(cls)[rank]
+
+
 class ChatMessage(Wire):
     """One turn of a conversation, rendered by the model's own chat template."""
 
@@ -304,7 +322,11 @@ class WorkerInfo(Wire):
 
 
 class JobStatus(Wire):
-    """A job's record as the client sees it; times are Unix seconds, `events` the highest sequence number emitted."""
+    """A job's record as the client sees it; times are Unix seconds, `events` the highest sequence number emitted.
+
+    `position` counts the jobs expected to start before it. It and the times of start and end are estimates, made when
+    the status was asked for; `estimate` says from what. They are None in listings, and where nothing can be told.
+    """
 
     job_id: str
     state: JobState
@@ -316,4 +338,11 @@ class JobStatus(Wire):
     finished_at: float | None = None
     worker: str | None = None
     cancel_requested: bool = False
+    user: str | None = None
+    priority: Priority = Priority.NORMAL
+    deadline_at: float | None = None
+    position: int | None = None
+    estimated_start_at: float | None = None
+    estimated_end_at: float | None = None
+    estimate: str | None = None
     outcome: TerminalEvent | None = Field(default=None, discriminator="type")

@@ -6,9 +6,10 @@ Owns the order of steps and the meaning of their answers; does no I/O (see `step
 
 from __future__ import annotations
 
+import time
 import uuid
 
-from lamella.celery_message import celery_message
+from lamella.admission import refusal
 from lamella.errors import (
     DecodeError,
     EncryptionError,
@@ -22,6 +23,8 @@ from lamella.job_seal import seal_request
 from lamella.key_ring import KeyRing
 from lamella.keys import JOBS_LISTED, Keys
 from lamella.messages import Failed, GenerateRequest, JobStatus, ModelInfo, WorkerInfo
+from lamella.queue_calls import Outlook, outlook_call
+from lamella.queue_terms import QueueTerms
 from lamella.records import STATUS_FIELDS, decode_status, decode_workers, log
 from lamella.registry_calls import (
     ATTEMPTS_EXHAUSTED,
@@ -50,7 +53,8 @@ def submit(keys: Keys, draft: RequestDraft, ring: KeyRing | None = None) -> Oper
         RequestError: no model is named and not exactly one is served.
         IdempotencyConflict: the key belongs to another request.
         EncryptionError: live workers serve the model, but none of them has the key in use.
-        QueueFull: the model's queue is at its bound.
+        QueueFull: the model's queue, or one of the user's limits (UserLimitReached), is at its bound.
+        DeadlineHopeless: the job's deadline would pass first.
     """
     idempotency = None
     if draft.idempotency_key is not None:
@@ -62,17 +66,16 @@ def submit(keys: Keys, draft: RequestDraft, ring: KeyRing | None = None) -> Oper
     model = yield from _choose_model(keys, draft)
     if ring is not None and draft.require_worker:
         yield from _check_key(keys, ring.key_id, model)
-    return (yield from _send(keys, draft.request(model), idempotency, ring))
+    return (yield from _send(keys, draft.request(model), draft.terms, idempotency, ring))
 
 
 def _send(
-    keys: Keys, request: GenerateRequest, idempotency: Idempotency | None, ring: KeyRing | None
+    keys: Keys, request: GenerateRequest, terms: QueueTerms, idempotency: Idempotency | None, ring: KeyRing | None
 ) -> Operation[str]:
     job_id = uuid.uuid4().hex
     stored = seal_request(ring, job_id, request.model_dump_json(exclude_none=True)) if ring is not None else None
     with submission("lamella.submit", request.model) as trace:
-        message = celery_message(job_id, request.model, trace.traceparent)
-        call = submit_call(keys, job_id, request, message, idempotency, stored)
+        call = submit_call(keys, job_id, request, terms, idempotency, stored, trace.traceparent)
         reply = call.decode((yield call))
         trace.accepted(reply.job_id, reply.status.value)
     match reply.status:
@@ -80,11 +83,8 @@ def _send(
             return reply.job_id
         case SubmitStatus.CONFLICT:
             raise _conflict(idempotency.key if idempotency else "", reply.job_id)
-        case SubmitStatus.FULL:
-            raise QueueFull(
-                f"the queue of {request.model!r} holds {reply.queued} jobs, its bound; nothing was stored. "
-                "Try again later, or start more workers for the model."
-            )
+        case SubmitStatus.FULL | SubmitStatus.USER_FULL | SubmitStatus.USER_TOKENS | SubmitStatus.HOPELESS:
+            raise refusal(reply, request.model, terms)
 
 
 def _prior_job(answer: object, key: str, hashes: tuple[str, ...]) -> str | None:
@@ -133,7 +133,7 @@ def _choose_model(keys: Keys, draft: RequestDraft) -> Operation[str]:
 
 
 def status(keys: Keys, job_id: str) -> Operation[JobStatus]:
-    """Return a job's status.
+    """Return a job's status, with its outlook while it has not ended.
 
     Raises:
         JobNotFound: there is no record of it.
@@ -142,7 +142,24 @@ def status(keys: Keys, job_id: str) -> Operation[JobStatus]:
     found = decode_status(job_id, answers(answers(raw)[0]))
     if found is None:
         raise JobNotFound(job_id)
-    return found
+    if found.state.is_final:
+        return found
+    call = outlook_call(keys, job_id)
+    return _with_outlook(found, call.decode((yield call)))
+
+
+def _with_outlook(found: JobStatus, outlook: Outlook) -> JobStatus:
+    if outlook.position is None:
+        return found
+    now = time.time()
+    return found.model_copy(
+        update={
+            "position": outlook.position,
+            "estimated_start_at": None if outlook.starts_in_s is None else now + outlook.starts_in_s,
+            "estimated_end_at": None if outlook.ends_in_s is None else now + outlook.ends_in_s,
+            "estimate": outlook.basis,
+        }
+    )
 
 
 def cancel(keys: Keys, job_id: str) -> Operation[CancelStatus]:
@@ -169,8 +186,7 @@ def retry(keys: Keys, job_id: str) -> Operation[str]:
     found = yield from status(keys, job_id)
     new_id = uuid.uuid4().hex
     with submission("lamella.retry", found.model) as trace:
-        message = celery_message(new_id, found.model, trace.traceparent)
-        call = retry_call(keys, job_id, new_id, found.model, message)
+        call = retry_call(keys, job_id, new_id, trace.traceparent)
         reply = call.decode((yield call))
         trace.accepted(reply.job_id, reply.status.value)
     match reply.status:
@@ -179,7 +195,7 @@ def retry(keys: Keys, job_id: str) -> Operation[str]:
         case RetryStatus.MISSING:
             raise JobNotFound(job_id)
         case RetryStatus.FULL:
-            raise QueueFull(f"the queue of {found.model!r} is at its bound; nothing was changed. Try again later.")
+            raise QueueFull(f"the queue of {found.model!r} is at its bound; nothing was changed. Try again later.", 5.0)
         case RetryStatus.NOT_DEAD | RetryStatus.UNKNOWN_SCHEMA:
             raise RequestError(
                 f"job {job_id} is {found.state.value}, and not because its attempts were used up; only such a job can "

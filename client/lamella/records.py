@@ -16,6 +16,7 @@ from lamella.messages import (
     SCHEMA_VERSION,
     JobState,
     JobStatus,
+    Priority,
     TerminalEvent,
     TokenEvent,
     WorkerInfo,
@@ -36,6 +37,9 @@ STATUS_FIELDS = (
     "worker",
     "cancel",
     "outcome",
+    "user",
+    "class",
+    "deadline",
 )
 
 
@@ -67,9 +71,12 @@ def decode_status(job_id: str, values: Sequence[object]) -> JobStatus | None:
             finished_at=_seconds(record["finished_at"]),
             worker=None if record["worker"] is None else str(record["worker"]),
             cancel_requested=record["cancel"] is not None,
+            user=None if record["user"] is None else str(record["user"]),
+            priority=Priority.of_rank(int(str(record["class"] or Priority.NORMAL.rank))),
+            deadline_at=_seconds(record["deadline"]),
             outcome=None if record["outcome"] is None else decode_outcome(str(record["outcome"])),
         )
-    except (ValueError, OverflowError) as error:
+    except (ValueError, IndexError, OverflowError) as error:
         raise DecodeError(f"the record of job {job_id} is malformed ({str(error).splitlines()[0]})") from error
 
 

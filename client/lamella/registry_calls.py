@@ -10,14 +10,10 @@ Connections must use ``protocol=2``; text and bytes replies are both read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
-from importlib import resources
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from lamella import keys as wire_keys
-from lamella.errors import DecodeError
 from lamella.keys import Keys
 from lamella.messages import (
     SCHEMA_VERSION,
@@ -29,39 +25,19 @@ from lamella.messages import (
     TerminalEvent,
     TokenEvent,
 )
+from lamella.queue_terms import QueueTerms, expected_cost
+from lamella.script_call import (
+    ScriptCall,
+    ScriptName,
+    read_integer,
+    read_items,
+    read_member,
+    read_text,
+    script_call,
+)
 
 ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the code of a dead job's failure
-
-Reply_co = TypeVar("Reply_co", covariant=True)
-
-
-class ScriptName(StrEnum):
-    """The scripts, named after their files in ``lua/``."""
-
-    SUBMIT = "submit"
-    CLAIM = "claim"
-    EMIT = "emit"
-    RELEASE = "release"
-    NUDGE = "nudge"
-    CANCEL = "cancel"
-    RETRY = "retry"
-
-
-@dataclass(frozen=True)
-class ScriptCall(Generic[Reply_co]):
-    """One call of a script, ready for EVALSHA.
-
-    Attributes:
-        script: which script.
-        keys: its KEYS, in order.
-        args: its ARGV, in order.
-        decode: turns Redis's answer into the call's reply type; raises DecodeError.
-    """
-
-    script: ScriptName
-    keys: tuple[str, ...]
-    args: tuple[str | int, ...]
-    decode: Callable[[object], Reply_co]
+DEADLINE = "deadline"  # the code of a job whose deadline passed; `_end.lua` writes it as well
 
 
 class SubmitStatus(StrEnum):
@@ -70,16 +46,27 @@ class SubmitStatus(StrEnum):
     CREATED = "created"
     EXISTS = "exists"  # the idempotency key holds this very request; its job is returned
     CONFLICT = "conflict"  # the idempotency key holds another request
-    FULL = "full"
+    FULL = "full"  # as many jobs of the model wait as may
+    USER_FULL = "user_full"  # the same for this user's
+    USER_TOKENS = "user_tokens"  # the user's jobs, this one included, are estimated at more tokens than may be
+    HOPELESS = "hopeless"  # its deadline is sure to pass before it is done
     DUPLICATE = "duplicate"  # this job id is already there: an earlier try of the same submit was accepted
 
 
 class SubmitReply(NamedTuple):
-    """Answer to a submit; `queued` counts the messages in the model's queue, this one included."""
+    """Answer to a submit.
+
+    `queued` counts the jobs that wait for the model, this one included; where a limit of the user's refused it, the
+    user's jobs (USER_FULL) or tokens (USER_TOKENS). `limit` is that limit; `retry_after_s` when to try again;
+    `estimate_s` (HOPELESS) how long until the job could be done.
+    """
 
     status: SubmitStatus
     job_id: str
     queued: int
+    limit: int = 0
+    retry_after_s: float = 0.0
+    estimate_s: float = 0.0
 
 
 class ClaimStatus(StrEnum):
@@ -119,10 +106,11 @@ class EmitStatus(StrEnum):
 
 
 class EmitReply(NamedTuple):
-    """Answer to an emit; `cancel_requested` asks the worker to cancel the job at the next sweep boundary."""
+    """Answer to an emit; either flag asks the worker to stop the job at the next sweep boundary."""
 
     status: EmitStatus
     cancel_requested: bool
+    is_overdue: bool = False
 
 
 class ReleaseStatus(StrEnum):
@@ -176,41 +164,42 @@ class Idempotency(NamedTuple):
     request_hash: str
 
 
-@cache
-def script_source(name: ScriptName) -> str:
-    """Return the Lua text of a script."""
-    return resources.files("lamella").joinpath("lua", f"{name.value}.lua").read_text(encoding="utf-8")
-
-
 def submit_call(
     keys: Keys,
     job_id: str,
     request: GenerateRequest,
-    message: str,
+    terms: QueueTerms | None = None,
     idempotency: Idempotency | None = None,
     stored_request: str | None = None,
+    trace: str | None = None,
 ) -> ScriptCall[SubmitReply]:
-    """Accept a job; `message` is its Celery envelope (JSON), `stored_request` its request if that is in a box."""
-    unused = keys.job(job_id)
-    return ScriptCall(
+    """Accept a job, to wait on these terms (None: the anonymous user's, with normal priority and no deadline).
+
+    `stored_request` is the request if that is in a box; `trace` is the W3C traceparent of whoever asks for it, which
+    travels in the headers of its Celery message.
+    """
+    terms = terms or QueueTerms()
+    cost = expected_cost(request)
+    return script_call(
         ScriptName.SUBMIT,
-        (
-            keys.job(job_id),
-            keys.active,
-            keys.jobs,
-            keys.queue_list(request.model),
-            keys.idempotency(idempotency.key) if idempotency else unused,
-        ),
+        keys,
+        (keys.job(job_id), keys.idempotency(idempotency.key) if idempotency else keys.job(job_id)),
         (
             job_id,
             SCHEMA_VERSION,
             request.model,
             request.model_dump_json(exclude_none=True) if stored_request is None else stored_request,
-            message,
             wire_keys.MAX_QUEUED,
             wire_keys.JOBS_LISTED,
             keys.idempotency_ttl_s,
             idempotency.request_hash if idempotency else "",
+            terms.user,
+            terms.priority.rank,
+            cost.prompt,
+            cost.answer,
+            0 if terms.deadline_s is None else max(1, int(terms.deadline_s * 1000)),
+            cost.least_answer,
+            trace or "",
         ),
         _decode_submit,
     )
@@ -218,22 +207,9 @@ def submit_call(
 
 def claim_call(keys: Keys, job_id: str, worker: str, lease_ms: int, max_attempts: int) -> ScriptCall[ClaimReply]:
     """Take a job for `worker`; a job already claimed `max_attempts` times is ended in Failed instead."""
-    return ScriptCall(
-        ScriptName.CLAIM,
-        (keys.job(job_id), keys.stream(job_id), keys.active),
-        (
-            job_id,
-            worker,
-            lease_ms,
-            max_attempts,
-            SCHEMA_VERSION,
-            keys.channel(job_id),
-            keys.finished_ttl_s,
-            encode_event(poison_event(job_id, max_attempts)),
-            encode_event(Cancelled()),
-        ),
-        _decode_claim,
-    )
+    poison = encode_event(poison_event(job_id, max_attempts))
+    args = (job_id, worker, lease_ms, max_attempts, SCHEMA_VERSION, poison)
+    return script_call(ScriptName.CLAIM, keys, (keys.job(job_id),), args, _decode_claim)
 
 
 def emit_call(
@@ -255,54 +231,50 @@ def emit_call(
     """
     if any(not isinstance(event, TokenEvent) for event in events[:-1]):
         raise ValueError("a terminal event must be the last one of its job")
-    return ScriptCall(
+    return script_call(
         ScriptName.EMIT,
-        (keys.job(job_id), keys.stream(job_id), keys.active),
+        keys,
+        (keys.job(job_id), keys.stream(job_id)),
         (
             job_id,
             fence,
             first_seq,
             lease_ms,
-            keys.channel(job_id),
-            keys.finished_ttl_s,
             _final_state(events[-1]) if events else "",
+            sum(len(event.token_ids) for event in events if isinstance(event, TokenEvent)),
+            _tokens_used(events[-1]) if events else "",
             *(encode(first_seq + place, event) for place, event in enumerate(events)),
         ),
         _decode_emit,
     )
 
 
-def release_call(keys: Keys, job_id: str, fence: int, give_back_attempt: bool) -> ScriptCall[ReleaseStatus]:
-    """Give a claimed job back; its tokens stay. A graceful drain gives the attempt back as well."""
-    return ScriptCall(ScriptName.RELEASE, (keys.job(job_id),), (fence, int(give_back_attempt)), _decode_release)
+def release_call(
+    keys: Keys, job_id: str, fence: int, give_back_attempt: bool, is_aside: bool = False
+) -> ScriptCall[ReleaseStatus]:
+    """Give a claimed job back; its tokens stay. A graceful drain gives the attempt back as well.
+
+    With `is_aside` it is not offered again at once, because this worker cannot read it.
+    """
+    args = (job_id, fence, int(give_back_attempt), int(is_aside))
+    return script_call(ScriptName.RELEASE, keys, (keys.job(job_id),), args, _decode_release)
 
 
 def nudge_call(keys: Keys, job_id: str, model: str, quiet_ms: int) -> ScriptCall[NudgeStatus]:
     """Send a job's Celery message again if it looks lost; `quiet_ms` is the least time between two nudges."""
-    names = (keys.job(job_id), keys.queue_list(model), keys.active)
-    return ScriptCall(ScriptName.NUDGE, names, (job_id, quiet_ms), _decode_nudge)
+    return script_call(ScriptName.NUDGE, keys, (keys.job(job_id),), (job_id, model, quiet_ms), _decode_nudge)
 
 
 def cancel_call(keys: Keys, job_id: str) -> ScriptCall[CancelStatus]:
     """Cancel a job at once if no live worker holds it, else ask its worker to."""
-    return ScriptCall(
-        ScriptName.CANCEL,
-        (keys.job(job_id), keys.stream(job_id), keys.active),
-        (job_id, keys.channel(job_id), keys.finished_ttl_s, encode_event(Cancelled())),
-        _decode_cancel,
-    )
+    return script_call(ScriptName.CANCEL, keys, (keys.job(job_id),), (job_id,), _decode_cancel)
 
 
-def retry_call(keys: Keys, job_id: str, new_id: str, model: str, message: str) -> ScriptCall[RetryReply]:
-    """Let a dead job go on as the job `new_id`, after its last token; `message` is that one's Celery envelope."""
+def retry_call(keys: Keys, job_id: str, new_id: str, trace: str | None = None) -> ScriptCall[RetryReply]:
+    """Let a dead job go on as the job `new_id`, after its last token; `trace` as for a submit."""
     names = (keys.job(job_id), keys.stream(job_id), keys.job(new_id), keys.stream(new_id))
-    bounds = (wire_keys.MAX_QUEUED, wire_keys.JOBS_LISTED)
-    return ScriptCall(
-        ScriptName.RETRY,
-        (*names, keys.active, keys.jobs, keys.queue_list(model)),
-        (new_id, message, SCHEMA_VERSION, *bounds, ATTEMPTS_EXHAUSTED),
-        _decode_retry,
-    )
+    args = (new_id, SCHEMA_VERSION, wire_keys.MAX_QUEUED, wire_keys.JOBS_LISTED, ATTEMPTS_EXHAUSTED, trace or "")
+    return script_call(ScriptName.RETRY, keys, names, args, _decode_retry)
 
 
 def encode_event(event: TokenEvent | TerminalEvent) -> str:
@@ -322,6 +294,21 @@ def poison_event(job_id: str, max_attempts: int) -> Failed:
     )
 
 
+def deadline_event() -> Failed:
+    """Return the event that ends a running job whose deadline passed."""
+    return Failed(
+        code=DEADLINE,
+        message=(
+            "the job's deadline passed before it ended; the text up to there is kept. Submit it again with a longer "
+            "deadline_s, a smaller max_tokens or a higher priority, or when fewer jobs wait."
+        ),
+    )
+
+
+def _tokens_used(event: TokenEvent | TerminalEvent) -> int | str:
+    return event.usage.prompt_tokens + event.usage.completion_tokens if isinstance(event, Done) else ""
+
+
 def _final_state(event: TokenEvent | TerminalEvent) -> str:
     match event:
         case TokenEvent():
@@ -335,66 +322,39 @@ def _final_state(event: TokenEvent | TerminalEvent) -> str:
 
 
 def _decode_submit(raw: object) -> SubmitReply:
-    status, job_id, queued = _items(raw, "submit", 3)
-    return SubmitReply(_member(SubmitStatus, status), _text(job_id), _integer(queued))
+    status, job_id, *figures = read_items(raw, "submit", 6)
+    queued, limit, retry_ms, estimate_ms = map(read_integer, figures)
+    return SubmitReply(
+        read_member(SubmitStatus, status), read_text(job_id), queued, limit, retry_ms / 1000, estimate_ms / 1000
+    )
 
 
 def _decode_claim(raw: object) -> ClaimReply:
-    items = _items(raw, "claim", 1)
-    status = _member(ClaimStatus, items[0])
+    items = read_items(raw, "claim", 1)
+    status = read_member(ClaimStatus, items[0])
     if status is not ClaimStatus.OK:
         return ClaimReply(status)
-    _, fence, attempts, seq, request_json = _items(raw, "claim", 5)
-    return ClaimReply(status, _integer(fence), _integer(attempts), _integer(seq), _text(request_json))
+    _, fence, attempts, seq, request_json = read_items(raw, "claim", 5)
+    return ClaimReply(status, read_integer(fence), read_integer(attempts), read_integer(seq), read_text(request_json))
 
 
 def _decode_emit(raw: object) -> EmitReply:
-    status, cancel = _items(raw, "emit", 2)
-    return EmitReply(_member(EmitStatus, status), bool(_integer(cancel)))
+    status, stop = read_items(raw, "emit", 2)
+    return EmitReply(read_member(EmitStatus, status), read_integer(stop) == 1, read_integer(stop) == 2)
 
 
 def _decode_release(raw: object) -> ReleaseStatus:
-    return _member(ReleaseStatus, raw)
+    return read_member(ReleaseStatus, raw)
 
 
 def _decode_nudge(raw: object) -> NudgeStatus:
-    return _member(NudgeStatus, raw)
+    return read_member(NudgeStatus, raw)
 
 
 def _decode_cancel(raw: object) -> CancelStatus:
-    return _member(CancelStatus, raw)
+    return read_member(CancelStatus, raw)
 
 
 def _decode_retry(raw: object) -> RetryReply:
-    status, job_id, _ = _items(raw, "retry", 3)
-    return RetryReply(_member(RetryStatus, status), _text(job_id))
-
-
-Member = TypeVar("Member", bound=StrEnum)
-
-
-def _member(kind: type[Member], raw: object) -> Member:
-    try:
-        return kind(_text(raw))
-    except ValueError as error:
-        raise DecodeError(f"a script answered {raw!r}, which is no {kind.__name__} this version knows") from error
-
-
-def _items(raw: object, script: str, count: int) -> list[object]:
-    if not isinstance(raw, list) or len(raw) < count:
-        raise DecodeError(f"the {script} script answered with {type(raw).__name__}, which this version does not read")
-    return raw[:count]
-
-
-def _text(raw: object) -> str:
-    if isinstance(raw, bytes):
-        return raw.decode()
-    if isinstance(raw, str):
-        return raw
-    raise DecodeError(f"a script answered {raw!r} where text belongs")
-
-
-def _integer(raw: object) -> int:
-    if isinstance(raw, int):
-        return raw
-    raise DecodeError(f"a script answered {raw!r} where a whole number belongs")
+    status, job_id, _ = read_items(raw, "retry", 3)
+    return RetryReply(read_member(RetryStatus, status), read_text(job_id))

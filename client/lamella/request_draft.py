@@ -17,7 +17,15 @@ from typing import TypedDict
 from pydantic import ValidationError
 
 from lamella.errors import RequestError
-from lamella.messages import MAX_PROMPT_CHARS, ChatMessage, GenerateRequest, SamplingParams, check_model_name
+from lamella.messages import (
+    MAX_PROMPT_CHARS,
+    ChatMessage,
+    GenerateRequest,
+    Priority,
+    SamplingParams,
+    check_model_name,
+)
+from lamella.queue_terms import DEFAULT_TERMS, QueueTerms, checked_terms
 
 SAMPLING_KEYS = tuple(SamplingParams.model_fields)
 MAX_KEY_CHARS = 200
@@ -49,6 +57,9 @@ class SubmitOptions(SamplingOptions, total=False):
     `messages` is a chat in place of a prompt; `sampling` a whole SamplingParams, over which single sampling keys take
     precedence; `idempotency_key` makes a repeated submit return the first one's job; `require_worker` (default True)
     refuses a model that no live worker serves, instead of queueing the job until one does.
+
+    Jobs of `user` (default: one anonymous user) share the workers fairly with those of other users; `priority` is
+    "high", "normal" (default) or "low"; after `deadline_s` seconds the job is ended, with what it has by then.
     """
 
     messages: Messages | None
@@ -56,6 +67,9 @@ class SubmitOptions(SamplingOptions, total=False):
     sampling: SamplingParams | None
     idempotency_key: str | None
     require_worker: bool
+    user: str | None
+    priority: Priority | str
+    deadline_s: float | None
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,18 @@ class RequestDraft:
     sampling: SamplingParams
     idempotency_key: str | None
     require_worker: bool
+    terms: QueueTerms = DEFAULT_TERMS
 
     def request_hash(self) -> str:
         """Return a hash of the request as it was asked for, before model and seed are filled in."""
-        asked = {
+        asked: dict[str, object] = {
             "prompt": self.prompt,
             "messages": [message.model_dump() for message in self.messages] if self.messages is not None else None,
             "model": self.model,
             "sampling": self.sampling.model_dump(),
         }
+        if self.terms != DEFAULT_TERMS:
+            asked["terms"] = list(self.terms)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def request(self, model: str) -> GenerateRequest:
@@ -101,12 +118,13 @@ def draft_request(prompt: str | None, options: Mapping[str, object]) -> RequestD
     require_worker = given.pop("require_worker", True)
     if not isinstance(require_worker, bool):
         raise RequestError(f"require_worker is {_shown(require_worker)}; use True or False")
+    terms = checked_terms(given.pop("user", None), given.pop("priority", None), given.pop("deadline_s", None))
     if model is not None:
         model = _model(model)
     _check_prompt(prompt, messages)
     sampling = _sampling(base, given)
     _validated_request(prompt, messages, model or "any", sampling)
-    return RequestDraft(prompt, messages, model, sampling, key, require_worker)
+    return RequestDraft(prompt, messages, model, sampling, key, require_worker, terms)
 
 
 def _check_prompt(prompt: object, messages: tuple[ChatMessage, ...] | None) -> None:

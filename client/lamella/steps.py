@@ -11,7 +11,7 @@ from collections.abc import Generator
 from typing import NamedTuple, TypeVar
 
 from lamella.errors import DecodeError
-from lamella.registry_calls import ScriptCall
+from lamella.script_call import ScriptCall
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,8 @@ import redis
 
 from lamella.keys import DEFAULT_PREFIX, Keys
 from lamella.messages import Done, Failed, ModelInfo, TerminalEvent, TokenEvent, Usage, WorkerInfo
-from lamella.registry_calls import ClaimReply, EmitReply, ScriptCall, claim_call, emit_call, script_source
+from lamella.registry_calls import ClaimReply, EmitReply, claim_call, emit_call
+from lamella.script_call import ScriptCall, script_source
 
 Reply = TypeVar("Reply")
 
@@ -72,6 +73,7 @@ class ActingWorker:
         )
         self.redis.set(self.keys.worker(self.name), info.model_dump_json(), ex=ANNOUNCED_S)
         self.redis.zadd(self.keys.workers, {self.name: now * 1000})
+        self.redis.set(self.keys.capacity(self.model), 0 if draining else info.slots, ex=ANNOUNCED_S)
         return info
 
     def claim(self, job_id: str, max_attempts: int = 3) -> ClaimReply:

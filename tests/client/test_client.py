@@ -228,6 +228,7 @@ def test_a_lost_answer_is_asked_for_again_and_makes_one_job(
 
 def test_a_full_queue_is_said(client: Client, worker: ActingWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire_keys, "MAX_QUEUED", 1)
+    worker.redis.delete(KEYS.capacity(MODEL))
     client.submit("x")
 
     with pytest.raises(QueueFull, match="holds 1 jobs"):

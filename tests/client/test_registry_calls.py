@@ -8,24 +8,19 @@ import pytest
 import redis
 
 from lamella import keys as wire_keys
-from lamella.celery_message import celery_message
 from lamella.errors import DecodeError
 from lamella.keys import Keys
-from lamella.messages import Cancelled, Failed, GenerateRequest, decode_event, decode_request
+from lamella.messages import Failed, GenerateRequest, decode_event, decode_request
+from lamella.queue_calls import serve_call
 from lamella.records import STATUS_FIELDS, decode_status
 from lamella.registry_calls import (
-    CancelStatus,
     ClaimStatus,
     EmitStatus,
     Idempotency,
-    NudgeStatus,
-    ReleaseStatus,
     SubmitReply,
     SubmitStatus,
     cancel_call,
     emit_call,
-    nudge_call,
-    release_call,
     submit_call,
 )
 from tests.client.acting_worker import MODEL, ActingWorker, call, done, failed, token
@@ -34,10 +29,15 @@ KEYS = Keys()
 
 
 def submit(
-    client: redis.Redis, job_id: str = "j1", prompt: str = "hello", idempotency: Idempotency | None = None
+    client: redis.Redis,
+    job_id: str = "j1",
+    prompt: str = "hello",
+    idempotency: Idempotency | None = None,
+    slots: int = 100,
 ) -> SubmitReply:
     request = GenerateRequest(model=MODEL, prompt=prompt)
-    return call(client, submit_call(KEYS, job_id, request, celery_message(job_id, MODEL), idempotency))
+    call(client, serve_call(KEYS, "serving", MODEL, slots))
+    return call(client, submit_call(KEYS, job_id, request, None, idempotency))
 
 
 def expire_lease(client: redis.Redis, job_id: str = "j1") -> None:
@@ -61,7 +61,7 @@ class TestSubmit:
     def test_creates_record_listing_and_message_together(self, fake_redis: redis.Redis) -> None:
         reply = submit(fake_redis)
 
-        assert reply == (SubmitStatus.CREATED, "j1", 1)
+        assert reply[:3] == (SubmitStatus.CREATED, "j1", 1)
         assert state(fake_redis) == "queued"
         assert fake_redis.zrange(KEYS.active, 0, -1) == ["j1"]
         assert fake_redis.zrange(KEYS.jobs, 0, -1) == ["j1"]
@@ -97,11 +97,13 @@ class TestSubmit:
 
     def test_a_full_queue_stores_nothing(self, fake_redis: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(wire_keys, "MAX_QUEUED", 1)
-        submit(fake_redis, "j1")
+        submit(fake_redis, "j1", slots=0)
 
-        reply = submit(fake_redis, "j2", idempotency=Idempotency("k", "h"))
+        reply = submit(fake_redis, "j2", idempotency=Idempotency("k", "h"), slots=0)
 
         assert reply.status is SubmitStatus.FULL
+        assert reply.limit == 1
+        assert reply.retry_after_s > 0
         assert state(fake_redis, "j2") is None
         assert not fake_redis.exists(KEYS.idempotency("k"))
 
@@ -262,7 +264,7 @@ class TestEmit:
 
         reply = worker.emit("j1")
 
-        assert reply == (EmitStatus.OK, True)
+        assert reply == (EmitStatus.OK, True, False)
         assert int(fake_redis.hget(KEYS.job("j1"), "lease_until") or 0) > time.time() * 1000
 
     def test_the_terminal_event_settles_the_record(self, fake_redis: redis.Redis, worker: ActingWorker) -> None:
@@ -292,104 +294,6 @@ class TestEmit:
 
         stored = fake_redis.xrange(KEYS.stream("j1"))[0][1]["e"]
         assert decode_event(stored) == token(text)
-
-
-class TestRelease:
-    @pytest.mark.parametrize(("gives_back", "attempts"), [(True, "0"), (False, "1")])
-    def test_the_job_waits_again(
-        self, fake_redis: redis.Redis, worker: ActingWorker, gives_back: bool, attempts: str
-    ) -> None:
-        submit(fake_redis)
-        fence = worker.claim("j1").fence
-        worker.emit("j1", token("a"))
-
-        reply = call(fake_redis, release_call(KEYS, "j1", fence, gives_back))
-
-        assert reply is ReleaseStatus.OK
-        assert state(fake_redis) == "queued"
-        assert fake_redis.hget(KEYS.job("j1"), "attempts") == attempts
-        assert worker.emit("j1", token("b")).status is EmitStatus.FENCED
-        assert worker.claim("j1").seq == 1
-
-    def test_only_the_holder_releases(self, fake_redis: redis.Redis, worker: ActingWorker) -> None:
-        submit(fake_redis)
-        fence = worker.claim("j1").fence
-
-        assert call(fake_redis, release_call(KEYS, "j1", fence + 1, False)) is ReleaseStatus.FENCED
-        assert call(fake_redis, release_call(KEYS, "other", fence, False)) is ReleaseStatus.MISSING
-
-
-class TestNudge:
-    def test_a_lost_message_is_sent_again(self, fake_redis: redis.Redis) -> None:
-        submit(fake_redis)
-        message = fake_redis.lpop(KEYS.queue_list(MODEL))
-
-        reply = call(fake_redis, nudge_call(KEYS, "j1", MODEL, 0))
-
-        assert reply is NudgeStatus.NUDGED
-        assert fake_redis.lrange(KEYS.queue_list(MODEL), 0, -1) == [message]
-
-    def test_a_fresh_job_is_left_to_wait(self, fake_redis: redis.Redis) -> None:
-        submit(fake_redis)
-
-        assert call(fake_redis, nudge_call(KEYS, "j1", MODEL, 60_000)) is NudgeStatus.WAITING
-
-    def test_a_held_job_is_left_alone(self, fake_redis: redis.Redis, worker: ActingWorker) -> None:
-        submit(fake_redis)
-        worker.claim("j1")
-
-        assert call(fake_redis, nudge_call(KEYS, "j1", MODEL, 0)) is NudgeStatus.HELD
-
-    def test_an_expired_lease_is_nudged_at_once(self, fake_redis: redis.Redis, worker: ActingWorker) -> None:
-        submit(fake_redis)
-        worker.claim("j1")
-        expire_lease(fake_redis)
-
-        assert call(fake_redis, nudge_call(KEYS, "j1", MODEL, 60_000)) is NudgeStatus.NUDGED
-        assert call(fake_redis, nudge_call(KEYS, "j1", MODEL, 60_000)) is NudgeStatus.WAITING
-
-    def test_an_ended_job_leaves_the_active_ones(self, fake_redis: redis.Redis) -> None:
-        fake_redis.zadd(KEYS.active, {"ghost": 1})
-
-        assert call(fake_redis, nudge_call(KEYS, "ghost", MODEL, 0)) is NudgeStatus.GONE
-        assert fake_redis.zcard(KEYS.active) == 0
-
-
-class TestCancel:
-    def test_a_waiting_job_ends_at_once(self, fake_redis: redis.Redis) -> None:
-        submit(fake_redis)
-
-        assert call(fake_redis, cancel_call(KEYS, "j1")) is CancelStatus.CANCELLED
-        assert events(fake_redis) == [("1-0", "cancelled")]
-        assert decode_event(fake_redis.hget(KEYS.job("j1"), "outcome") or "") == Cancelled()
-
-    def test_a_running_job_is_asked(self, fake_redis: redis.Redis, worker: ActingWorker) -> None:
-        submit(fake_redis)
-        worker.claim("j1")
-
-        assert call(fake_redis, cancel_call(KEYS, "j1")) is CancelStatus.REQUESTED
-        assert worker.emit("j1", token("a")).cancel_requested
-
-    def test_a_job_whose_worker_died_ends_at_once_and_fences_it(
-        self, fake_redis: redis.Redis, worker: ActingWorker
-    ) -> None:
-        submit(fake_redis)
-        worker.claim("j1")
-        expire_lease(fake_redis)
-
-        assert call(fake_redis, cancel_call(KEYS, "j1")) is CancelStatus.CANCELLED
-        assert worker.emit("j1", token("a")).status is EmitStatus.FENCED
-
-    def test_an_ended_job_stays_as_it_is(self, fake_redis: redis.Redis, worker: ActingWorker) -> None:
-        submit(fake_redis)
-        worker.claim("j1")
-        worker.emit("j1", done())
-
-        assert call(fake_redis, cancel_call(KEYS, "j1")) is CancelStatus.DONE
-        assert [kind for _, kind in events(fake_redis)] == ["done"]
-
-    def test_a_missing_job_is_missing(self, fake_redis: redis.Redis) -> None:
-        assert call(fake_redis, cancel_call(KEYS, "nobody")) is CancelStatus.MISSING
 
 
 @pytest.mark.parametrize("raw", [None, [], ["what", 0], ["ok"], [1, 2], "ok"])

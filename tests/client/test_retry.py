@@ -112,7 +112,7 @@ def test_a_job_that_is_not_there_cannot_be_retried(client: Client) -> None:
 def test_a_full_queue_refuses_a_retry_and_changes_nothing(
     client: Client, dead: Job, embedded_redis: redis.Redis
 ) -> None:
-    embedded_redis.lpush(KEYS.queue_list(MODEL), *["x"] * 10_000)
+    client.set_limits(model_queued=0)
 
     with pytest.raises(QueueFull):
         client.retry(dead.id)

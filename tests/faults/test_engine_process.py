@@ -155,7 +155,7 @@ def test_a_drain_costs_no_attempt(client: Client, fleet: ScriptedFleet, own_serv
     assert fleet.processes[NAME].wait(40) == 0
     assert [job.status().attempts for job in jobs] == [0] * 4
     with redis.Redis.from_url(own_server.url, protocol=2) as look:
-        assert look.llen("lamella:generate.tiny") == 4
+        assert look.zcard("lamella:flight:tiny") + look.zcard("lamella:ready:tiny:1:anonymous") == 4
     start(fleet)
     assert_all_as_if_nothing_was(jobs, attempts=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import redis
 
 from lamella.keys import Keys
 from lamella.messages import GenerateRequest, JobState, SamplingParams, decode_event
+from lamella.queue_calls import serve_call
 from lamella.registry_calls import submit_call
 from lamella_worker.config import WorkerConfig, load_config
 from lamella_worker.job_table import JobTable
@@ -22,6 +24,7 @@ from tests.worker.driven_engine import opened as opened
 from tests.worker.scripted_engine import ScriptedEngine
 
 MODEL = "tiny"
+SLOTS = 100  # so that every job of a test is sent at once
 
 
 @pytest.fixture
@@ -43,7 +46,8 @@ class Jobs:
 
     def submit(self, job_id: str, prompt: str = "hello", *, model: str = MODEL, max_tokens: int = 5) -> str:
         request = GenerateRequest(model=model, prompt=prompt, sampling=SamplingParams(max_tokens=max_tokens))
-        self.registry.call(submit_call(self.registry.keys, job_id, request, f"message of {job_id}"))
+        self.registry.call(serve_call(self.registry.keys, "serving", model, SLOTS))
+        self.registry.call(submit_call(self.registry.keys, job_id, request))
         return job_id
 
     def record(self, job_id: str) -> dict[str, str]:
@@ -62,7 +66,9 @@ class Jobs:
         return "".join(event.text for event in self.events(job_id) if event.type == "token")
 
     def queue(self, model: str = MODEL) -> list[str]:
-        return self.client.lrange(self.registry.keys.queue_list(model), 0, -1)
+        """The jobs that Celery's queue tells of, latest first."""
+        messages = self.client.lrange(self.registry.keys.queue_list(model), 0, -1)
+        return [json.loads(message)["headers"]["id"] for message in messages]
 
 
 @pytest.fixture

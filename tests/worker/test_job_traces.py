@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
+import redis
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra [tracing] is not installed")
 
@@ -16,7 +18,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from lamella.celery_message import celery_message
+from lamella.keys import Keys
+from lamella.messages import GenerateRequest
+from lamella.queue_calls import serve_call
+from lamella.registry_calls import cancel_call, submit_call
 from lamella.tracing import stop_tracing, submission, use_tracing
 from lamella_worker.config import WorkerConfig
 from lamella_worker.job_table import JobTable
@@ -24,6 +29,7 @@ from lamella_worker.job_traces import MAX_PREFILL_EVENTS, JobTraces
 from lamella_worker.publisher import Publisher
 from lamella_worker.registry import Registry
 from lamella_worker.session import Session
+from tests.client.acting_worker import call
 from tests.waiting import wait_until
 from tests.worker.conftest import MODEL, Jobs
 from tests.worker.driven_engine import Opener
@@ -133,11 +139,19 @@ def test_a_trace_that_its_client_does_not_sample_has_no_spans(traced: Traced) ->
     assert traced.spans("attempt") == []
 
 
-def test_the_traceparent_travels_beside_celerys_own_headers() -> None:
-    with_trace, without = celery_message("j", MODEL, "00-1-2-01"), celery_message("j", MODEL)
+def test_the_traceparent_travels_beside_celerys_own_headers(fake_redis: redis.Redis) -> None:
+    keys, request = Keys(), GenerateRequest(model=MODEL, prompt="hello")
 
-    assert '"traceparent": "00-1-2-01"' in with_trace
-    assert "traceparent" not in without
+    for job_id, trace in (("with", "00-1-2-01"), ("without", None)):
+        call(fake_redis, serve_call(keys, "serving", MODEL, 8))
+        call(fake_redis, submit_call(keys, job_id, request, trace=trace))
+
+    messages = map(json.loads, fake_redis.lrange(keys.queue_list(MODEL), 0, -1))
+    headers = {message["headers"]["id"]: message["headers"] for message in messages}
+    assert headers["with"]["traceparent"] == "00-1-2-01"
+    assert "traceparent" not in headers["without"]
+    call(fake_redis, cancel_call(keys, "with"))
+    assert fake_redis.llen(keys.queue_list(MODEL)) == 1, "the very message is found again"
 
 
 def test_nothing_of_opentelemetry_is_loaded_unless_it_is_asked_for() -> None:

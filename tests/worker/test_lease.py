@@ -15,6 +15,7 @@ from celery.worker.request import Request
 from lamella.embedded import EmbeddedServer
 from lamella.keys import Keys
 from lamella.messages import GenerateRequest
+from lamella.queue_calls import serve_call
 from lamella.registry_calls import submit_call
 from lamella_worker.app import make_app
 from lamella_worker.config import load_config
@@ -50,12 +51,8 @@ def consumer(channel: Any) -> Any:
 
 
 def deliver(channel: Any, registry: Registry, job_id: str) -> Any:
-    request = GenerateRequest(model="m", prompt="hello")
-    envelope = (
-        '{"body": "", "content-type": "application/json", "content-encoding": "utf-8", "headers": {}, "properties": '
-        f'{{"delivery_tag": "tag-{job_id}", "delivery_info": {{"exchange": "", "routing_key": "generate.m"}}}}}}'
-    )
-    registry.call(submit_call(KEYS, job_id, request, envelope))
+    registry.call(serve_call(KEYS, "w", "m", 10))
+    registry.call(submit_call(KEYS, job_id, GenerateRequest(model="m", prompt="hello")))
     return channel.basic_get("generate.m")
 
 
@@ -64,8 +61,8 @@ def test_held_deliveries_are_renewed_and_others_left_to_come_back(
 ) -> None:
     held, forgotten = deliver(channel, registry, "a"), deliver(channel, registry, "b")
     index = f"{KEYS.prefix}unacked_index"
-    assert set(embedded_redis.zrange(index, 0, -1)) == {"tag-a", "tag-b"}
-    embedded_redis.zadd(index, {"tag-a": 1, "tag-b": 1})
+    assert set(embedded_redis.zrange(index, 0, -1)) == {"a.1", "b.1"}
+    embedded_redis.zadd(index, {"a.1": 1, "b.1": 1})
     request = Reserved(held)
     state.reserved_requests.add(request)
 
@@ -73,8 +70,8 @@ def test_held_deliveries_are_renewed_and_others_left_to_come_back(
 
     state.reserved_requests.discard(request)
     assert num_renewed == 1
-    assert time.time() - embedded_redis.zscore(index, "tag-a") < 5
-    assert embedded_redis.zscore(index, "tag-b") == 1
+    assert time.time() - embedded_redis.zscore(index, "a.1") < 5
+    assert embedded_redis.zscore(index, "b.1") == 1
     forgotten.ack()
     held.ack()
 

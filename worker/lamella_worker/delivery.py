@@ -160,6 +160,9 @@ class Delivery:
                 if reply.cancel_requested and job.request_cancel():
                     log.info("job=%s cancel requested", job.job_id)
                     self._cancel_sequence(job.sequence_id)
+                elif reply.is_overdue and job.stop_overdue():
+                    log.info("job=%s its deadline has passed", job.job_id)
+                    self._cancel_sequence(job.sequence_id)
             case EmitStatus.FENCED:
                 self._watch.fenced(job)
                 self._lose(job, "its claim is void: another worker has it or it has ended")

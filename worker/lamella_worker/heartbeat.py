@@ -1,7 +1,8 @@
 """Tells everybody that this worker lives, and how it fares.
 
 Owns the worker's WorkerInfo in Redis: written every HEARTBEAT_S with a time to live, removed at exit. Clients list it,
-the health check and the reconciler read it. Nothing else hangs on it: a job's fate hangs on its lease.
+the health check and the reconciler read it. With it the queue learns how many slots there are, so that it sends as many
+jobs, and one more; a job's fate hangs on its lease alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from redis.exceptions import RedisError
 
 from lamella.keys import HEARTBEAT_S, WORKER_TTL_S, Keys
 from lamella.messages import EngineProcessInfo, ModelInfo, WorkerInfo
+from lamella.queue_calls import serve_call
 from lamella_engine.sequence_types import EngineCounters, EngineFacts
 from lamella_worker.job_table import JobTable
+from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
 from lamella_worker.scripts import load_scripts
 from lamella_worker.stoppable_thread import StoppableThread
 
@@ -110,10 +113,12 @@ class Heartbeat:
     def __init__(self, client: redis.Redis, keys: Keys, name: str, info: Callable[[], WorkerInfo]) -> None:
         self._client = client
         self._keys = keys
+        self._registry = Registry(client, keys)
         self._name = name
         self._info = info
         self._thread = StoppableThread("heartbeat", self._run)
         self._is_away = False
+        self._model: str | None = None  # the one whose queue was told of our slots
 
     def start(self) -> None:
         """Write the first heartbeat now, and then one every HEARTBEAT_S."""
@@ -127,7 +132,7 @@ class Heartbeat:
         """Write one heartbeat.
 
         Raises:
-            RedisError: Redis did not take it.
+            RedisError, RegistryAway, RegistryBroken: Redis did not take it.
         """
         info = self._info()
         with self._client.pipeline(transaction=True) as pipe:
@@ -135,6 +140,9 @@ class Heartbeat:
             pipe.zadd(self._keys.workers, {self._name: int(info.heartbeat_at * 1000)})
             pipe.execute()
         load_scripts(self._client)  # a server that was started anew has forgotten them, and clients may not load them
+        self._model = info.model.name
+        slots = 0 if info.draining else info.slots
+        self._registry.call(serve_call(self._keys, self._name, self._model, slots))
 
     def _run(self, stop: threading.Event) -> None:
         is_first = True
@@ -143,7 +151,7 @@ class Heartbeat:
             try:
                 self.beat()
                 self._is_away = False
-            except RedisError as error:
+            except (RedisError, RegistryAway, RegistryBroken) as error:
                 if not self._is_away:
                     log.warning("the heartbeat cannot be written: %s", error)
                 self._is_away = True
@@ -155,5 +163,7 @@ class Heartbeat:
                 pipe.delete(self._keys.worker(self._name))
                 pipe.zrem(self._keys.workers, self._name)
                 pipe.execute()
-        except RedisError as error:
+            if self._model is not None:
+                self._registry.call(serve_call(self._keys, self._name, self._model, 0))
+        except (RedisError, RegistryAway, RegistryBroken) as error:
             log.info("the heartbeat is left to expire: %s", error)

@@ -121,7 +121,7 @@ def _ending(job: RunningJob, event: SequenceFinished) -> tuple[tuple[Done | Fail
             return (Done(finish_reason=reason, usage=usage),), Outcome.ENDED
         case FinishReason.CANCELLED:
             # A drain cancels too, but then the job is to go on elsewhere.
-            return ((Cancelled(),), Outcome.ENDED) if job.is_cancel_requested else ((), Outcome.GIVEN_BACK)
+            return ((job.last_word,), Outcome.ENDED) if job.is_cancel_requested else ((), Outcome.GIVEN_BACK)
         case FinishReason.ERROR:
             code, message = event.error_code or ENGINE_ERROR, event.error or "the engine gave no reason"
             if code != ENGINE_ERROR:

@@ -1,8 +1,10 @@
 """Finds jobs that nobody works on and sends their messages again; drops workers that are gone.
 
-Owns a walk over the active jobs in bounded pages, about once a second, by one worker at a time (the holder of the
-``reconciler`` lock, whichever model it serves). What counts as lost is decided by the nudge script, so two walkers
-at once do no harm. Without it a job whose message was lost, or whose worker died, would wait for ever.
+Owns two walks in bounded pages, about once a second, by one worker at a time (the holder of the ``reconciler`` lock,
+whichever model it serves): over the jobs in flight, where messages and workers get lost, and slowly over all active
+jobs, which finds those of versions without a queue of waiting jobs. What counts as lost is decided by the nudge script,
+so two walkers at once do no harm. Without it a job whose message was lost, or whose worker died, would wait for ever.
+`queue_tender` says what is in flight, and sends what was not sent in time.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from lamella.keys import Keys
 from lamella.registry_calls import NudgeStatus, nudge_call
 from lamella_worker.job_watch import NO_WATCH, JobWatch
 from lamella_worker.listing_sweep import ListingSweep
+from lamella_worker.queue_tender import QueueTender
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
 
 log = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ class Reconciler:
         self._registry = registry
         self._keys: Keys = registry.keys
         self._name = name
+        self._tender = QueueTender(client, registry)
         self._quiet_ms = max(SHORTEST_QUIET_MS, int(lease_s * 1000))
         self._watch = watch
         self._offset = 0
@@ -58,6 +62,7 @@ class Reconciler:
         try:
             if not self._is_leader():
                 return
+            self._nudge(self._tender.tend())
             self._nudge_page()
             self._drop_dead_workers()
             self._listing.sweep()
@@ -84,9 +89,15 @@ class Reconciler:
             for job_id in page:
                 pipe.hget(self._keys.job(job_id), "model")
             models = cast(list[str | None], pipe.execute())
-        calls = [nudge_call(self._keys, j, m or "none", self._quiet_ms) for j, m in zip(page, models, strict=True)]
+        num_gone = self._nudge([(job_id, model or "none") for job_id, model in zip(page, models, strict=True)])
+        is_last_page = len(page) < PAGE
+        self._offset = 0 if is_last_page else self._offset + len(page) - num_gone
+
+    def _nudge(self, jobs: list[tuple[str, str]]) -> int:
+        """Look at jobs, given with their models, and return how many are gone."""
+        calls = [nudge_call(self._keys, job_id, model, self._quiet_ms) for job_id, model in jobs]
         num_gone = 0
-        for job_id, answer in zip(page, self._registry.call_many(calls), strict=True):
+        for (job_id, _), answer in zip(jobs, self._registry.call_many(calls), strict=True):
             if isinstance(answer, RegistryBroken):  # one record that no worker can have written must not stop the walk
                 log.error("job=%s cannot be looked after, its record is malformed: %s", job_id, answer)
                 continue
@@ -96,8 +107,7 @@ class Reconciler:
                 self._watch.nudged(1)
                 log.warning("job=%s its message is sent again", job_id)
             num_gone += answer is NudgeStatus.GONE
-        is_last_page = len(page) < PAGE
-        self._offset = 0 if is_last_page else self._offset + len(page) - num_gone
+        return num_gone
 
     def _drop_dead_workers(self) -> None:
         names = cast(list[str], self._client.zrange(self._keys.workers, 0, WORKERS_LISTED - 1))

@@ -31,7 +31,8 @@ from lamella.errors import DecodeError
 from lamella.key_ring import KeyRing
 from lamella.keys import Keys
 from lamella.messages import JobState, TokenEvent, decode_event
-from lamella.registry_calls import ClaimReply, ClaimStatus, ScriptCall, ScriptName, script_source
+from lamella.registry_calls import ClaimReply, ClaimStatus
+from lamella.script_call import ScriptCall, ScriptName, script_source
 
 log = logging.getLogger(__name__)
 Reply = TypeVar("Reply")

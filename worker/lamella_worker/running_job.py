@@ -11,6 +11,8 @@ import time
 from enum import Enum
 
 from lamella.job_seal import JobSeal
+from lamella.messages import Cancelled, Failed
+from lamella.registry_calls import deadline_event
 from lamella_worker.log_context import sequence_id
 
 
@@ -36,13 +38,14 @@ class RunningJob:
         self.next_seq = next_seq  # only the thread that delivers the job's events writes it
         self.renewed_at = time.monotonic()
         self._cancel_requested = threading.Event()
+        self._last_word: Cancelled | Failed = Cancelled()
         self._settled = threading.Event()
         self._lock = threading.Lock()
         self._outcome: Outcome | None = None
 
     @property
     def is_cancel_requested(self) -> bool:
-        """True once a client's cancel was seen."""
+        """True once a client's cancel was seen, or the deadline had passed."""
         return self._cancel_requested.is_set()
 
     @property
@@ -50,10 +53,25 @@ class RunningJob:
         """True once the outcome is known."""
         return self._settled.is_set()
 
+    @property
+    def last_word(self) -> Cancelled | Failed:
+        """The terminal event of a job that is stopped: by its deadline, or else by a client's cancel."""
+        with self._lock:
+            return self._last_word
+
     def request_cancel(self) -> bool:
         """Note a client's cancel; True the first time."""
+        return self._stop(Cancelled())
+
+    def stop_overdue(self) -> bool:
+        """Note that the deadline has passed; True the first time."""
+        return self._stop(deadline_event())
+
+    def _stop(self, last_word: Cancelled | Failed) -> bool:
         with self._lock:
             is_first = not self._cancel_requested.is_set()
+            if is_first:
+                self._last_word = last_word
             self._cancel_requested.set()
         return is_first
 

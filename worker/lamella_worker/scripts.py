@@ -13,7 +13,7 @@ import redis
 from kombu.transport import redis as kombu_redis
 from redis.lock import Lock
 
-from lamella.registry_calls import ScriptName, script_source
+from lamella.script_call import ScriptName, script_source
 
 
 @cache

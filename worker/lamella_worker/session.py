@@ -12,13 +12,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from enum import Enum
 from typing import TypeVar
 
 from lamella.errors import DecodeError, EncryptionError
 from lamella.job_seal import JobSeal
-from lamella.messages import Cancelled, Failed, GenerateRequest, decode_request
-from lamella.registry_calls import ClaimReply, ClaimStatus, ReleaseStatus, claim_call, release_call
+from lamella.messages import Failed, GenerateRequest, decode_request
+from lamella.registry_calls import ClaimReply, ClaimStatus, claim_call, release_call
 from lamella_engine.errors import EngineClosed, SequenceError
 from lamella_worker.config import WorkerConfig
 from lamella_worker.delivery import FIRST_RETRY_S, LONGEST_RETRY_S, Delivery, Emission
@@ -93,7 +94,14 @@ class Session:
 
         `trace` is the W3C traceparent that came with the message.
         """
-        with about_job(job_id), self._table.hold(job_id) as is_ours:
+        # A job is released, and so may come back at once, while its id is held no more but it is still listed.
+        with about_job(job_id), ExitStack() as listing:
+            ride = self._ride(job_id, trace, listing)
+            return ride if isinstance(ride, Verdict) else self._finish(*ride)
+
+    def _ride(self, job_id: str, trace: str | None, listing: ExitStack) -> tuple[RunningJob, Outcome] | Verdict:
+        """Run the job if it is ours to run; returns it with its outcome, or else what becomes of the message."""
+        with self._table.hold(job_id) as is_ours:
             if not is_ours:
                 log.info("job=%s a second message for a job that runs here is dropped", job_id)
                 return Verdict.ACK
@@ -110,9 +118,12 @@ class Session:
                 self._report_unclaimed(job_id, claim.status)
                 return Verdict.ACK
             job = RunningJob(job_id, claim.fence, claim.seq + 1, claim.attempts, JobSeal(self._registry.ring))
-            with self._table.listed(job), about_job(job_id, claim.attempts):
-                self._watch.claimed(job, self._claimed(job_id, claim, trace))
-                return self._finish(job, self._run_claimed(job, claim))
+            listing.enter_context(self._table.listed(job))
+            listing.enter_context(about_job(job_id, claim.attempts))
+            self._watch.claimed(job, self._claimed(job_id, claim, trace))
+            outcome = self._run_claimed(job, claim)
+            job.settle(outcome)
+            return job, outcome
 
     def begin_drain(self) -> None:
         """Take no more jobs, and give the running ones back at the next sweep boundary."""
@@ -238,7 +249,7 @@ class Session:
                     self._engine.cancel(job.sequence_id)
                 return self._await(job)
         if job.is_cancel_requested and not job.is_settled:
-            self.delivery.deliver([Emission(job, (Cancelled(),), Outcome.ENDED)])
+            self.delivery.deliver([Emission(job, (job.last_word,), Outcome.ENDED)])
         job.settle(Outcome.GIVEN_BACK)
         return self._await(job)
 
@@ -271,15 +282,16 @@ class Session:
         if outcome in (Outcome.ENDED, Outcome.LOST):
             return Verdict.ACK
         gives_back_attempt = outcome in (Outcome.GIVEN_BACK, Outcome.SET_ASIDE)
-        call = release_call(self._registry.keys, job.job_id, job.fence, gives_back_attempt)
+        is_aside = outcome is Outcome.SET_ASIDE
+        call = release_call(self._registry.keys, job.job_id, job.fence, gives_back_attempt, is_aside)
         try:
             status = self._patiently(lambda: self._registry.call(call))
         except RegistryBroken:
             log.exception("job=%s cannot be released; its lease runs out instead", job.job_id)
             return Verdict.REQUEUE
-        if status is ReleaseStatus.MISSING or outcome is Outcome.SET_ASIDE:
-            return Verdict.ACK  # a job set aside comes back with a nudge, after a while and maybe elsewhere
-        return Verdict.REQUEUE
+        # Released, the job waits in its line and gets another message (set aside, after a while). Unanswered, this
+        # message is the way back.
+        return Verdict.REQUEUE if status is None else Verdict.ACK
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer | None:
         """Ask the registry until it answers; None once the session gave up waiting."""

@@ -8,8 +8,7 @@ from typing import Any
 from celery import Celery
 from celery.exceptions import Reject
 
-from lamella.celery_message import TRACE_HEADER
-from lamella.keys import TASK_NAME
+from lamella.keys import TASK_NAME, TRACE_HEADER
 from lamella_worker.session import Session, Verdict
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import typer
 from typer.core import TyperGroup
 
 from lamella import __version__
-from lamella.cli import access, chat, doctor, jobs, plugins, up
-from lamella.errors import ConfigError, IdempotencyConflict, LamellaError, NoWorkerError, RequestError
+from lamella.cli import access, chat, doctor, jobs, limits, plugins, up
+from lamella.errors import ConfigError, DeadlineHopeless, IdempotencyConflict, LamellaError, NoWorkerError, RequestError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -35,7 +35,7 @@ class ErrorGroup(TyperGroup):
 
 def exit_code(error: LamellaError) -> int:
     """Return 2 if the call itself was wrong, else 1."""
-    if isinstance(error, NoWorkerError | IdempotencyConflict):
+    if isinstance(error, NoWorkerError | IdempotencyConflict | DeadlineHopeless):
         return EXIT_FAILED
     return EXIT_USAGE if isinstance(error, RequestError | ConfigError) else EXIT_FAILED
 
@@ -71,6 +71,7 @@ app.command("stream")(jobs.stream)
 app.command("status")(jobs.status)
 app.command("cancel")(jobs.cancel)
 app.add_typer(jobs.jobs, name="jobs")
+app.command("limits")(limits.limits)
 app.command("workers")(jobs.workers)
 app.command("doctor")(doctor.doctor)
 app.command("acl")(access.acl)

@@ -9,10 +9,10 @@ import typer
 
 from lamella.cli import options
 from lamella.cli.follow import echo_figures, follow
-from lamella.cli.output import age, echo_columns, echo_json, figures, size
+from lamella.cli.output import age, ahead, echo_columns, echo_json, figures, size
 from lamella.errors import RequestError
 from lamella.keys import JOBS_LISTED
-from lamella.messages import Done, Failed, JobStatus
+from lamella.messages import Done, Failed, JobState, JobStatus, Priority
 from lamella.registry_calls import CancelStatus
 from lamella.stream_clock import DEFAULT_WAIT_S
 
@@ -36,6 +36,11 @@ def submit(  # noqa: PLR0913  one argument for each option
     queue: Annotated[
         bool, typer.Option("--queue", help="Queue the job even if no worker serves the model yet.")
     ] = False,
+    user: Annotated[str | None, typer.Option("--user", help="Whose job it is; users share the workers fairly.")] = None,
+    priority: Annotated[Priority | None, typer.Option("--priority", help="Higher classes go first (normal).")] = None,
+    deadline_s: Annotated[
+        float | None, typer.Option("--deadline-s", help="Seconds after which the job is ended, with what it has.")
+    ] = None,
     as_json: options.AsJson = False,
     redis_url: options.RedisUrl = None,
     prefix: options.Prefix = options.DEFAULT,
@@ -54,6 +59,10 @@ def submit(  # noqa: PLR0913  one argument for each option
     request["model"] = model
     request["idempotency_key"] = idempotency_key
     request["require_worker"] = not queue
+    request["user"] = user
+    request["deadline_s"] = deadline_s
+    if priority is not None:
+        request["priority"] = priority
     if chat:
         request["messages"] = [{"role": "user", "content": text}]
     with options.open_client(redis_url, prefix) as client:
@@ -213,6 +222,24 @@ def read_prompt(prompt: str | None) -> str:
         raise RequestError(f"stdin is not text ({error.reason} at byte {error.start}); pass UTF-8") from error
 
 
+def _queue_lines(job: JobStatus) -> list[tuple[str, str]]:
+    lines = []
+    if job.user is not None:
+        lines.append(("user", job.user))
+    lines.append(("priority", job.priority.value))
+    if job.deadline_at is not None and not job.state.is_final:
+        lines.append(("deadline", ahead(job.deadline_at)))
+    if job.position is not None and job.state is JobState.QUEUED:
+        lines.append(("position", f"{job.position} jobs before it"))
+        if job.estimated_start_at is not None:
+            lines.append(("start", f"{ahead(job.estimated_start_at)}, about"))
+    if job.estimated_end_at is not None:
+        lines.append(("end", f"{ahead(job.estimated_end_at)}, about"))
+    if job.estimate is not None:
+        lines.append(("estimate", job.estimate))
+    return lines
+
+
 def _status_lines(job: JobStatus) -> list[tuple[str, str]]:
     lines = [
         ("job", job.job_id),
@@ -223,6 +250,7 @@ def _status_lines(job: JobStatus) -> list[tuple[str, str]]:
     if job.worker is not None:
         lines.append(("worker", job.worker))
     lines += [("attempts", str(job.attempts)), ("events", str(job.events))]
+    lines += _queue_lines(job)
     if job.cancel_requested and not job.state.is_final:
         lines.append(("cancel", "requested"))
     match job.outcome:

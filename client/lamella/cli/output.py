@@ -61,6 +61,12 @@ def age(since: float) -> str:
     return f"{seconds}s"
 
 
+def ahead(until: float) -> str:
+    """Return how far ahead a Unix time is, such as ``in 3m``."""
+    seconds = until - time.time()
+    return "now" if seconds < 1 else f"in {age(time.time() - seconds)}"
+
+
 def figures(usage: Usage, worker: WorkerInfo | None) -> str:
     """Return one line of a finished job's figures; the memory is left out when its worker is gone."""
     tokens = usage.completion_tokens

@@ -1,0 +1,106 @@
+"""One call of a registry script as a value, and how to read what a script answers.
+
+Owns the scripts' names and texts, the two arguments that all of them begin with, and the checks of replies. What each
+script is told and answers is in `registry_calls` and `queue_calls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from importlib import resources
+from typing import Generic, TypeVar
+
+from lamella.errors import DecodeError
+from lamella.keys import Keys
+
+PARTS = ("_queue", "_message", "_end", "_dispatch", "_outlook")  # in this order before each script
+
+Reply_co = TypeVar("Reply_co", covariant=True)
+Reply = TypeVar("Reply")
+Member = TypeVar("Member", bound=StrEnum)
+
+
+class ScriptName(StrEnum):
+    """The scripts, named after their files in ``lua/``."""
+
+    SUBMIT = "submit"
+    CLAIM = "claim"
+    EMIT = "emit"
+    RELEASE = "release"
+    NUDGE = "nudge"
+    CANCEL = "cancel"
+    RETRY = "retry"
+    SERVE = "serve"
+    TEND = "tend"
+    EXPIRE = "expire"
+    OUTLOOK = "outlook"
+
+
+@dataclass(frozen=True)
+class ScriptCall(Generic[Reply_co]):
+    """One call of a script, ready for EVALSHA.
+
+    Attributes:
+        script: which script.
+        keys: its KEYS, in order.
+        args: its ARGV, in order.
+        decode: turns Redis's answer into the call's reply type; raises DecodeError.
+    """
+
+    script: ScriptName
+    keys: tuple[str, ...]
+    args: tuple[str | int, ...]
+    decode: Callable[[object], Reply_co]
+
+
+@cache
+def script_source(name: ScriptName) -> str:
+    """Return the Lua text of a script: the parts that all share, and its own."""
+    folder = resources.files("lamella").joinpath("lua")
+    return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in (*PARTS, name.value))
+
+
+def script_call(
+    name: ScriptName,
+    keys: Keys,
+    named: tuple[str, ...],
+    args: tuple[str | int, ...],
+    decode: Callable[[object], Reply],
+) -> ScriptCall[Reply]:
+    """Return a call whose arguments begin with what every script is told: the prefix and how long ended jobs stay."""
+    return ScriptCall(name, named, (keys.prefix, keys.finished_ttl_s, *args), decode)
+
+
+def read_member(kind: type[Member], raw: object) -> Member:
+    """Return the member of a closed set that a script named; raises DecodeError."""
+    try:
+        return kind(read_text(raw))
+    except ValueError as error:
+        raise DecodeError(f"a script answered {raw!r}, which is no {kind.__name__} this version knows") from error
+
+
+def read_items(raw: object, script: str, count: int) -> list[object]:
+    """Return the first `count` items of a script's list; raises DecodeError."""
+    if not isinstance(raw, list) or len(raw) < count:
+        what = f"{len(raw)} items" if isinstance(raw, list) else type(raw).__name__  # what is in them may be a prompt
+        raise DecodeError(f"the {script} script answered {what}, which this version does not read")
+    return raw[:count]
+
+
+def read_text(raw: object) -> str:
+    """Return text that came as text or bytes; raises DecodeError."""
+    if isinstance(raw, bytes):
+        return raw.decode()
+    if isinstance(raw, str):
+        return raw
+    raise DecodeError(f"a script answered {raw!r} where text belongs")
+
+
+def read_integer(raw: object) -> int:
+    """Return a whole number; raises DecodeError."""
+    if isinstance(raw, int):
+        return raw
+    raise DecodeError(f"a script answered {raw!r} where a whole number belongs")
