@@ -84,7 +84,7 @@ class TestRelease:
         self, fake_redis: redis.Redis, worker: ActingWorker
     ) -> None:
         submit(fake_redis)
-        fence = worker.claim().fence
+        fence = worker.claim("j1").fence
         fake_redis.delete(KEYS.queue_list(MODEL))
 
         call(fake_redis, release_call(KEYS, "j1", fence, True, True))
@@ -95,7 +95,7 @@ class TestRelease:
         fake_redis.hset(KEYS.job("j1"), "nudged_at", 1)
         assert call(fake_redis, nudge_call(KEYS, "j1", MODEL, 10)) is NudgeStatus.NUDGED
         assert fake_redis.llen(KEYS.queue_list(MODEL)) == 1
-        assert worker.claim().attempts == 1
+        assert worker.claim("j1").attempts == 1
 
 
 class TestNudge:
