@@ -231,8 +231,9 @@ def emit_call(
     """
     if any(not isinstance(event, TokenEvent) for event in events[:-1]):
         raise ValueError("a terminal event must be the last one of its job")
+    final_state = _final_state(events[-1]) if events else ""
     return script_call(
-        ScriptName.EMIT,
+        ScriptName.END if final_state else ScriptName.EMIT,
         keys,
         (keys.job(job_id), keys.stream(job_id)),
         (
@@ -240,7 +241,7 @@ def emit_call(
             fence,
             first_seq,
             lease_ms,
-            _final_state(events[-1]) if events else "",
+            final_state,
             sum(len(event.token_ids) for event in events if isinstance(event, TokenEvent)),
             _tokens_used(events[-1]) if events else "",
             *(encode(first_seq + place, event) for place, event in enumerate(events)),

@@ -16,7 +16,8 @@ from typing import Generic, TypeVar
 from lamella.errors import DecodeError
 from lamella.keys import Keys
 
-PARTS = ("_queue", "_message", "_end", "_dispatch", "_outlook")  # in this order before each script
+BASE = "_base"  # before each script; and before those that touch the queue, in this order:
+QUEUE_PARTS = ("_queue", "_message", "_end", "_dispatch", "_outlook")
 
 Reply_co = TypeVar("Reply_co", covariant=True)
 Reply = TypeVar("Reply")
@@ -24,11 +25,15 @@ Member = TypeVar("Member", bound=StrEnum)
 
 
 class ScriptName(StrEnum):
-    """The scripts, named after their files in ``lua/``."""
+    """The scripts, named after their files in ``lua/``.
+
+    EMIT and END are one file: events that end nothing go without the queue's parts, which would double their cost.
+    """
 
     SUBMIT = "submit"
     CLAIM = "claim"
     EMIT = "emit"
+    END = "end"
     RELEASE = "release"
     NUDGE = "nudge"
     CANCEL = "cancel"
@@ -58,9 +63,11 @@ class ScriptCall(Generic[Reply_co]):
 
 @cache
 def script_source(name: ScriptName) -> str:
-    """Return the Lua text of a script: the parts that all share, and its own."""
+    """Return the Lua text of a script: the parts that it shares with others, and its own."""
     folder = resources.files("lamella").joinpath("lua")
-    return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in (*PARTS, name.value))
+    parts = (BASE,) if name is ScriptName.EMIT else (BASE, *QUEUE_PARTS)
+    own = ScriptName.EMIT if name is ScriptName.END else name
+    return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in (*parts, own.value))
 
 
 def script_call(

@@ -150,3 +150,20 @@ def test_an_unreachable_redis_or_an_unreadable_heartbeat_is_not_healthy(
     fake_server.connected = False
     assert "Redis does not answer" in check_health(fake_redis, keys, "w1", 60).reason
     fake_server.connected = True
+
+
+def test_the_queue_learns_of_a_workers_slots_and_forgets_them_when_it_goes(fake_redis: redis.Redis, keys: Keys) -> None:
+    heartbeat = Heartbeat(fake_redis, keys, "w1", lambda: worker_info(slots=8))
+
+    heartbeat.start()
+    assert wait_until(lambda: fake_redis.get(keys.capacity("m")) == "8")
+    heartbeat.stop(40)
+
+    assert fake_redis.get(keys.capacity("m")) is None
+
+
+def test_a_draining_worker_offers_no_slots(fake_redis: redis.Redis, keys: Keys) -> None:
+    for name, draining in (("w1", True), ("w2", False)):
+        Heartbeat(fake_redis, keys, name, lambda draining=draining: worker_info(slots=8, draining=draining)).beat()
+
+    assert fake_redis.get(keys.capacity("m")) == "8"

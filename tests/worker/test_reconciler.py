@@ -7,7 +7,9 @@ import pytest
 import redis
 
 from lamella.keys import Keys
-from lamella.registry_calls import claim_call, release_call
+from lamella.messages import GenerateRequest, JobState
+from lamella.queue_terms import QueueTerms
+from lamella.registry_calls import cancel_call, claim_call, release_call, submit_call
 from lamella_worker import reconciler as reconciler_module
 from lamella_worker.reconciler import Reconciler
 from lamella_worker.registry import Registry
@@ -167,3 +169,44 @@ def test_a_redis_that_is_away_is_reported_once_and_survived(
 
     assert sum("no reconciling" in record.message for record in caplog.records) == 1
     assert jobs.queue() == ["a"]
+
+
+def test_jobs_past_their_deadline_are_ended_while_they_wait(
+    reconciler: Reconciler, jobs: Jobs, registry: Registry, fake_redis: redis.Redis, keys: Keys
+) -> None:
+    request = GenerateRequest(model="tiny", prompt="hello")
+    for number in range(150):
+        registry.call(submit_call(keys, f"j{number}", request, QueueTerms(deadline_s=100.0)))
+        fake_redis.zadd(keys.deadlines, {f"j{number}": 1})
+    registry.call(submit_call(keys, "patient", request, QueueTerms(deadline_s=100.0)))
+
+    reconciler.tick()
+
+    assert fake_redis.zrange(keys.active, 0, -1) == ["patient"]
+    assert jobs.state("j149") is JobState.FAILED
+
+
+def test_what_was_not_sent_in_time_is_sent_by_a_tick(
+    reconciler: Reconciler, jobs: Jobs, registry: Registry, fake_redis: redis.Redis, keys: Keys
+) -> None:
+    registry.call(submit_call(keys, "a", GenerateRequest(model="tiny", prompt="hello")))
+    fake_redis.set(keys.capacity("tiny"), 1)
+
+    reconciler.tick()
+
+    assert jobs.queue() == ["a"]
+
+
+def test_a_lost_job_in_flight_is_found_however_many_wait(
+    reconciler: Reconciler, jobs: Jobs, registry: Registry, fake_redis: redis.Redis, keys: Keys
+) -> None:
+    for number in range(600):
+        registry.call(submit_call(keys, f"j{number}", GenerateRequest(model="tiny", prompt="hello")))
+    fake_redis.zadd(keys.active, {"j599": 2e12})
+    registry.call(cancel_call(keys, "j0"))
+    registry.call(claim_call(keys, "j599", "w9", 60_000, 3))
+    age(fake_redis, keys, "j599", lease_until=1)
+
+    reconciler.tick()
+
+    assert jobs.queue() == ["j599"]

@@ -185,6 +185,48 @@ def test_a_cancel_ends_the_job_at_the_next_boundary_and_frees_its_place(
     assert bench.engine.sequence_ids == []
 
 
+def test_a_deadline_stops_the_job_at_the_next_boundary_and_keeps_its_text(
+    bench: Bench, jobs: Jobs, run: Any, fake_redis: redis.Redis, keys: Keys
+) -> None:
+    task = run(bench, jobs.submit("a", max_tokens=ENDLESS))
+    wait_until(lambda: num_events(jobs, "a") > 2)
+
+    fake_redis.hset(keys.job("a"), "deadline", 1)
+
+    assert task.result(40) is Verdict.ACK
+    *tokens, last = jobs.events("a")
+    assert (last.type, last.code) == ("failed", "deadline")
+    assert len(tokens) > 2
+    assert jobs.state("a") is JobState.FAILED
+    assert bench.engine.sequence_ids == []
+
+
+def test_a_deadline_stops_a_job_that_only_reads_its_prompt(
+    bench: Bench, jobs: Jobs, run: Any, fake_redis: redis.Redis, keys: Keys
+) -> None:
+    task = run(bench, jobs.submit("a", "slow prompt"))
+    wait_until(lambda: jobs.record("a")["state"] == "running")
+
+    fake_redis.hset(keys.job("a"), "deadline", 1)
+
+    assert task.result(40) is Verdict.ACK
+    assert [(event.type, event.code) for event in jobs.events("a")] == [("failed", "deadline")]
+
+
+def test_a_job_that_is_given_back_is_free_for_its_next_message(
+    bench: Bench, jobs: Jobs, fake_redis: redis.Redis, keys: Keys
+) -> None:
+    jobs.submit("a", "crash now")
+    fake_redis.delete(keys.queue_list("tiny"))
+
+    verdict = bench.session.run("a")
+
+    assert verdict is Verdict.ACK
+    assert jobs.queue() == ["a"], "its next message is there before the last one is acknowledged"
+    assert bench.session.run("a") is Verdict.ACK
+    assert jobs.record("a")["attempts"] == "2"
+
+
 def test_a_job_that_only_reads_its_prompt_keeps_its_lease_and_can_be_cancelled(
     bench: Bench, jobs: Jobs, run: Any, registry: Registry, keys: Keys
 ) -> None:

@@ -1,4 +1,4 @@
--- Who waits, in which order. Prepended to every script; ARGV[1] is the key prefix, ARGV[2] the finished records' TTL.
+-- Who waits, in which order.
 --
 -- For each model and class (0 high, 1 normal, 2 low) there is a fair queue:
 --   ready:{model}:{class}         users with waiting jobs, by virtual time (tokens / weight); the least goes next
@@ -11,23 +11,13 @@
 --   share:{model}:{user}          queued and sent jobs, and tokens of both
 -- A job's own fields for this: user, class, cost (tokens, estimated), prompt_cost, order, deadline, place
 --   (ready | sent | parked; none in records of versions without this queue), charge (virtual time taken for it).
-local P, TTL = ARGV[1], ARGV[2]
 local CLASSES = {0, 1, 2}
 
-local function number(value, default) return tonumber(value or default or 0) end
 local function exact(value) return string.format('%.17g', value) end
-local function record(job_id) return P .. 'job:' .. job_id end
 local function book(model) return P .. 'queue:' .. model end
 local function flight(model) return P .. 'flight:' .. model end
 local function users(kind, model, class) return P .. kind .. ':' .. model .. ':' .. class end
 local function line(model, class, user) return P .. 'ready:' .. model .. ':' .. class .. ':' .. user end
-
-local function now_ms()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
-
-local function is_final(state) return state == 'done' or state == 'failed' or state == 'cancelled' end
 
 local function count(model, user, field, change)
   local key = P .. 'share:' .. model .. ':' .. user

@@ -1,5 +1,6 @@
 -- Appends a job's next events under its fence and renews the lease; the terminal event settles the record with it.
 -- With no event it only renews. Repeating a call whose answer was lost is harmless: what is stored is not stored again.
+-- Two scripts are made of this file: only the one for terminal events has the queue's parts before it.
 -- KEYS job, stream
 -- ARGV prefix, ttl_s, job_id, fence, first_seq, lease_ms, final state ('' while running), tokens in these events,
 --   tokens used by the whole job ('' = not known), event JSON...
