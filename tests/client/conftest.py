@@ -6,8 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+import redis
 
 from tests.client.acting_worker import ActingWorker
+from tests.client.queue_service import Service
 from tests.waiting import wait_until
 
 
@@ -28,3 +30,11 @@ def serving() -> Iterator[Callable[..., None]]:
     yield serve_one
     for thread in threads:
         thread.join(40.0)
+
+
+@pytest.fixture
+def service(fake_redis: redis.Redis) -> Service:
+    """A queue whose workers have one slot."""
+    service = Service(fake_redis)
+    service.serve(1)
+    return service
