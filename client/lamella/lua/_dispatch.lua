@@ -4,16 +4,16 @@ local PASSES = 15  -- a class that was passed over so often in a row goes next, 
 local LOOKS = 64  -- jobs and users that may turn out not to be sendable, in one call
 local AT_END = 4  -- jobs sent at most when one has ended
 
-local function next_class(model)
+-- The class that goes next, and which classes wait; `empty` are those of which nothing can be sent now.
+local function next_class(model, empty)
+  local q = redis.call('HMGET', book(model), 'n0', 'n1', 'n2', 'p1', 'p2')
   local waits, best = {}, nil
   for _, class in ipairs(CLASSES) do
-    waits[class] = redis.call('EXISTS', users('ready', model, class)) == 1
+    waits[class] = number(q[class + 1]) > 0 and not empty[class]
     if waits[class] and not best then best = class end
   end
-  if not best then return nil, waits end
-  local passed = redis.call('HMGET', book(model), 'p1', 'p2')
-  if waits[2] and number(passed[2]) >= PASSES then return 2, waits end
-  if waits[1] and number(passed[1]) >= PASSES then return 1, waits end
+  if waits[2] and number(q[5]) >= PASSES then return 2, waits end
+  if waits[1] and number(q[4]) >= PASSES then return 1, waits end
   return best, waits
 end
 
@@ -24,22 +24,21 @@ local function note_class(model, class, waits)
   end
 end
 
--- Moves a waiting job into flight and charges its user for it.
-local function take(job_id, job, now)
-  local key, at = users('ready', job.model, job.class), nil
-  at = redis.call('ZSCORE', key, job.user)
-  local start = number(at, virtual_time(job.model, job.class))
-  local charge = job.cost / weight_of(job.user)
-  if start > virtual_time(job.model, job.class) then
-    redis.call('HSET', book(job.model), 'v' .. job.class, exact(start))
+-- Moves a waiting job into flight and charges its user for it; `at` is the user's virtual time.
+local function take(job_id, job, now, at, weight)
+  local key, queue_time = users('ready', job.model, job.class), virtual_time(job.model, job.class)
+  local charge = job.cost / weight
+  if at and at > queue_time then
+    queue_time = at
+    redis.call('HSET', book(job.model), 'v' .. job.class, exact(at))
   end
-  if at then redis.call('ZADD', key, exact(start + charge), job.user) end
+  if at then redis.call('ZADD', key, exact(at + charge), job.user) end
   leave_line(job_id, job)
   enter_flight(job_id, job, now)
   redis.call('HSET', record(job_id), 'place', 'sent', 'charge', exact(charge), 'nudged_at', now, 'nudges', 0)
   -- Users whose time has come to nothing are forgotten, a few with each job.
   local spent = users('spent', job.model, job.class)
-  local old = redis.call('ZRANGEBYSCORE', spent, '-inf', exact(virtual_time(job.model, job.class)), 'LIMIT', 0, 4)
+  local old = redis.call('ZRANGEBYSCORE', spent, '-inf', exact(queue_time), 'LIMIT', 0, 4)
   if #old > 0 then redis.call('ZREM', spent, unpack(old)) end
 end
 
@@ -49,17 +48,19 @@ local function push(job_id, model, is_first)
   if is_first then redis.call('RPUSH', list, message) else redis.call('LPUSH', list, message) end
 end
 
-local function is_at_limit(model, user)
-  local limit = limit_of(user, 'running')
+local function is_at_limit(model, user, limit)
   return limit and number(redis.call('HGET', P .. 'share:' .. model .. ':' .. user, 'sent')) >= limit
 end
 
--- Sends the best job of one class; false if what was first there could not be sent, and is out of the way now.
+-- Sends the best job of one class; false if what was first there could not be sent, and is out of the way now; nil if
+-- none of the class can be sent.
 local function send_first(model, class, now)
   local ready = users('ready', model, class)
   local first = redis.call('ZRANGE', ready, 0, 0, 'WITHSCORES')
   local user = first[1]
-  if is_at_limit(model, user) then
+  if not user then return nil end
+  local limits = limits_of(user)
+  if is_at_limit(model, user, limits.running) then
     redis.call('ZREM', ready, user)
     redis.call('ZADD', users('held', model, class), first[2], user)
     return false
@@ -79,7 +80,7 @@ local function send_first(model, class, now)
     finish(job_id, job, 'failed', DEADLINE, now)
     return false
   end
-  take(job_id, job, now)
+  take(job_id, job, now, tonumber(first[2]), limits.weight)
   push(job_id, model, false)
   return true
 end
@@ -88,15 +89,17 @@ local function dispatch(model, most, now)
   local slots = number(redis.call('GET', P .. 'capacity:' .. model))
   if slots < 1 then return 0 end
   local room = math.min(most, slots + 1 - redis.call('ZCARD', flight(model)))
-  local sent, looks = 0, 0
+  local sent, looks, empty = 0, 0, {}
   while sent < room and looks < room + LOOKS do
     looks = looks + 1
-    local class, waits = next_class(model)
+    local class, waits = next_class(model, empty)
     if not class then break end
-    if send_first(model, class, now) then
+    local is_sent = send_first(model, class, now)
+    if is_sent then
       sent = sent + 1
       note_class(model, class, waits)
     end
+    empty[class] = is_sent == nil
   end
   return sent
 end

@@ -13,7 +13,7 @@ local function outlook(model, class, user, cost, before, mine, least_tokens)
   local here, here_tokens = number(q[class + 1]), number(q[class + 4])
   local mean = here > 0 and here_tokens / here or cost
   local kind, at = find_user(model, class, user)
-  local weight = weight_of(user)
+  local weight = limits_of(user).weight
   local others = redis.call('ZCARD', users('ready', model, class)) - (kind == 'ready' and 1 or 0)
   local lag = math.max(0, (at or 0) - number(q[11])) * weight / math.max(mean, 1)
   local passing = math.min(math.max(here - mine, 0), math.floor((before + lag) * others / weight + 0.5))

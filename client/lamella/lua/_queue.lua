@@ -24,13 +24,13 @@ local function count(model, user, field, change)
   if redis.call('HINCRBY', key, field, change) == 0 then redis.call('HDEL', key, field) end
 end
 
--- A user's own limit, else everybody's, else none.
-local function limit_of(user, field)
-  return tonumber(redis.call('HGET', P .. 'limits:' .. user, field) or redis.call('HGET', P .. 'limits', 'user_' .. field)
-    or nil)
+-- A user's limits: their own, else everybody's, else none. Also the model's, and the user's weight.
+local function limits_of(user)
+  local own = redis.call('HMGET', P .. 'limits:' .. user, 'queued', 'running', 'tokens', 'weight')
+  local all = redis.call('HMGET', P .. 'limits', 'user_queued', 'user_running', 'user_tokens', 'model_queued')
+  return {queued = tonumber(own[1] or all[1] or nil), running = tonumber(own[2] or all[2] or nil),
+    tokens = tonumber(own[3] or all[3] or nil), model_queued = tonumber(all[4] or nil), weight = number(own[4], 1)}
 end
-
-local function weight_of(user) return number(redis.call('HGET', P .. 'limits:' .. user, 'weight'), 1) end
 
 local function virtual_time(model, class) return number(redis.call('HGET', book(model), 'v' .. class)) end
 
@@ -70,7 +70,7 @@ local function join_line(job_id, job)
   local kind, at = find_user(job.model, job.class, job.user)
   if kind == 'ready' or kind == 'held' then return end
   local start = math.max(at or 0, virtual_time(job.model, job.class))
-  redis.call('ZREM', users('spent', job.model, job.class), job.user)
+  if kind then redis.call('ZREM', users(kind, job.model, job.class), job.user) end
   redis.call('ZADD', users('ready', job.model, job.class), exact(start), job.user)
 end
 

@@ -28,7 +28,9 @@ if ended then
   dispatch(job.model, AT_END, now)
   return {answer}
 end
-if job.place == 'ready' then take(job_id, job, now)  -- a message of a version that knows no lines
+if job.place == 'ready' then  -- a message of a version that knows no lines
+  local kind, at = find_user(job.model, job.class, job.user)
+  take(job_id, job, now, kind == 'ready' and at or nil, limits_of(job.user).weight)
 elseif job.place == 'parked' then
   enter_flight(job_id, job, now)
   redis.call('HSET', KEYS[1], 'place', 'sent')

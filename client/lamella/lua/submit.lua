@@ -37,15 +37,18 @@ end
 if redis.call('EXISTS', KEYS[1]) == 1 then return {'duplicate', job_id, queued, 0, 0, 0} end
 
 local cost = number(ARGV[13]) + number(ARGV[14])
-local most = number(redis.call('HGET', P .. 'limits', 'model_queued'), ARGV[7])
+local limits = limits_of(user)
+local most = limits.model_queued or tonumber(ARGV[7])
 if queued >= most then return {'full', '', queued, most, retry_ms(model, 1), 0} end
-local user_most, user_tokens = limit_of(user, 'queued'), limit_of(user, 'tokens')
-local others = redis.call('ZCARD', users('ready', model, class))
-if user_most and number(share[1]) >= user_most then
-  return {'user_full', '', number(share[1]), user_most, retry_ms(model, math.max(others, 1)), 0}
+local over, held, limit = nil, nil, nil
+if limits.queued and number(share[1]) >= limits.queued then
+  over, held, limit = 'user_full', number(share[1]), limits.queued
+elseif limits.tokens and number(share[2]) + cost > limits.tokens then
+  over, held, limit = 'user_tokens', number(share[2]), limits.tokens
 end
-if user_tokens and number(share[2]) + cost > user_tokens then
-  return {'user_tokens', '', number(share[2]), user_tokens, retry_ms(model, math.max(others, 1)), 0}
+if over then
+  local sharers = math.max(redis.call('ZCARD', users('ready', model, class)), 1)
+  return {over, '', held, limit, retry_ms(model, sharers), 0}
 end
 local now, span = now_ms(), number(ARGV[15])
 if span > 0 and number(waiting[4]) >= SAMPLES then

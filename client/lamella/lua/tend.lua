@@ -6,7 +6,7 @@ local HELD = 100  -- users looked at in one call
 local model, now = ARGV[3], now_ms()
 for _, class in ipairs(CLASSES) do
   for _, user in ipairs(redis.call('ZRANGE', users('held', model, class), 0, HELD - 1)) do
-    if not is_at_limit(model, user) then let_go_on(model, class, user) end
+    if not is_at_limit(model, user, limits_of(user).running) then let_go_on(model, class, user) end
   end
 end
 local sent = dispatch(model, 1000, now)
