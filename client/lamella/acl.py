@@ -59,8 +59,8 @@ _MAIL = ("brpop", "rpop", "lpush", "llen", "del", "exists", "sadd", "srem", "sme
 
 _FOLLOW = ("hmget", "xrange", "zrange", "zrevrange")
 _REGISTRY = (
-    "evalsha", "script|load", "script|exists", "hget", "hmget", "mget", "get", "set", "del", "pexpire", "xrange",
-    "zrange", "zrevrange", "exists", "zadd", "zrem", "publish",
+    "evalsha", "script|load", "script|exists", "hget", "hmget", "mget", "get", "set", "del", "pexpire", "sscan",
+    "xrange", "zrange", "zrevrange", "exists", "zadd", "zrem", "publish",
 )
 _BROKER = (*_MAIL, "time", "zrangebyscore", "rpush", "hset", "hdel", "zrevrangebyscore", "psubscribe", "punsubscribe")
 # What kombu's own scripts and its care for deliveries take; workers load the scripts.

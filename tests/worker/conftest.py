@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from lamella_worker.job_table import JobTable
 from lamella_worker.lease_keeper import LeaseKeeper
 from lamella_worker.publisher import Publisher
 from lamella_worker.registry import Registry
-from lamella_worker.session import Session
+from lamella_worker.session import Session, Verdict
 from tests.worker.driven_engine import opened as opened
 from tests.worker.scripted_engine import ScriptedEngine
 
@@ -114,3 +115,18 @@ def make_bench(registry: Registry, config: WorkerConfig) -> Iterator[Callable[..
 @pytest.fixture
 def bench(make_bench: Callable[..., Bench]) -> Bench:
     return make_bench()
+
+
+@pytest.fixture
+def run(make_bench: Callable[..., Bench]) -> Any:
+    """Run a job in a thread of its own, as Celery does."""
+    used: list[Bench] = []
+    with ThreadPoolExecutor(16, thread_name_prefix="task") as pool:
+
+        def start(bench: Bench, job_id: str) -> Future[Verdict]:
+            used.append(bench)
+            return pool.submit(bench.session.run, job_id)
+
+        yield start
+        for bench in used:
+            bench.session.give_up()

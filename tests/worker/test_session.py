@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import fakeredis
@@ -20,21 +19,6 @@ from tests.worker.conftest import Bench, Jobs
 from tests.worker.scripted_engine import scripted_text
 
 ENDLESS = 1_000_000
-
-
-@pytest.fixture
-def run(make_bench: Callable[..., Bench]) -> Any:
-    """Run a job in a thread of its own, as Celery does."""
-    used: list[Bench] = []
-    with ThreadPoolExecutor(16, thread_name_prefix="task") as pool:
-
-        def start(bench: Bench, job_id: str) -> Future[Verdict]:
-            used.append(bench)
-            return pool.submit(bench.session.run, job_id)
-
-        yield start
-        for bench in used:
-            bench.session.give_up()
 
 
 def num_events(jobs: Jobs, job_id: str) -> int:
