@@ -95,7 +95,7 @@ def test_dead_jobs_are_counted_until_they_are_retried(jobs: Jobs, look: Callable
         jobs.registry.call(claim_call(keys, "poison", "w", 0, 1))
 
     before = look().value("lamella_retriable_dead_jobs", model=MODEL)
-    jobs.registry.call(retry_call(keys, "poison", "again", MODEL, "m"))
+    jobs.registry.call(retry_call(keys, "poison", "again"))
 
     assert before == 1
     assert look().value("lamella_retriable_dead_jobs", model=MODEL) == 0
