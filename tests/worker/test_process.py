@@ -89,9 +89,7 @@ def test_a_second_signal_ends_the_process_at_once(client: Client, fleet: Scripte
     assert fleet.processes["w1"].wait(2) == 1
 
 
-def test_drained_jobs_are_back_in_the_queue(
-    client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer
-) -> None:
+def test_drained_jobs_are_back_in_the_queue(client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer) -> None:
     fleet.start("w1", slots=2)
     jobs = [submit(client, f"hello {n}", ENDLESS) for n in range(5)]
     wait_until(lambda: sum(job.status().events > 3 for job in jobs) == 2)
