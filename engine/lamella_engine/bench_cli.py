@@ -17,9 +17,8 @@ from rich.table import Table
 
 from lamella_engine.bench import BenchReport, BenchRequest, run_bench
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli_options import ExpertCacheOption, StoreOption, plain_errors, wrong_calls
+from lamella_engine.cli_options import ExpertCacheOption, StoreOption, device_budget, plain_errors, wrong_calls
 from lamella_engine.console_progress import ConsoleProgress
-from lamella_engine.device import resolve_device
 from lamella_engine.errors import OptionError
 from lamella_engine.options import DTYPES, EngineOptions
 from lamella_engine.shard_store import ShardStore, default_store_root
@@ -56,7 +55,7 @@ def bench(  # noqa: PLR0913  a command has as many arguments as options
             device=device,
             dtype=dtype,
             kv_tokens=kv_tokens,
-            vram=_device_budget(vram, device),
+            vram=device_budget(vram, device),
             ram=ram,
             expert_cache=expert_cache,
             offline=offline,
@@ -82,12 +81,6 @@ def _counts(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
         raise OptionError(f"--sequences is {text!r}; use numbers with commas between them, such as 1,8,64") from error
-
-
-def _device_budget(vram: str | None, device: str) -> str:
-    if vram is not None and resolve_device(device).type == "cpu":
-        raise OptionError(f"--vram is {vram!r}, but a CPU has no device memory; use --ram, or --device cuda")
-    return vram or "auto"
 
 
 def _as_json(report: BenchReport) -> dict[str, object]:

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from lamella_engine.device import resolve_device
 from lamella_engine.errors import EngineError, OptionError, PlanError
 from lamella_engine.options import DTYPES
 from lamella_engine.shard_store import ShardStore, default_store_root
@@ -90,6 +91,17 @@ def wrong_calls() -> Iterator[None]:
     except OptionError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_WRONG_CALL) from error
+
+
+def device_budget(vram: str | None, device: str) -> str:
+    """What `--vram` asks for on a device.
+
+    Raises:
+        OptionError: the device has no memory of its own.
+    """
+    if vram is not None and resolve_device(device).type == "cpu":
+        raise OptionError(f"--vram is {vram!r}, but a CPU has no device memory; use --ram, or --device cuda")
+    return vram or "auto"
 
 
 def open_store(root: Path | None) -> ShardStore:

@@ -16,9 +16,15 @@ from rich.table import Table
 
 from lamella_engine import names
 from lamella_engine.byte_size import byte_size
-from lamella_engine.cli_options import ExpertCacheOption, QuantOption, StoreOption, plain_errors, wrong_calls
+from lamella_engine.cli_options import (
+    ExpertCacheOption,
+    QuantOption,
+    StoreOption,
+    device_budget,
+    plain_errors,
+    wrong_calls,
+)
 from lamella_engine.console_progress import ConsoleProgress
-from lamella_engine.device import resolve_device
 from lamella_engine.errors import OptionError
 from lamella_engine.options import DTYPES, EngineOptions
 from lamella_engine.quality import DEFAULT_TOKENS, QualityReport, QualityRequest, run_quality
@@ -65,7 +71,7 @@ def quality(  # noqa: PLR0913  a command has as many arguments as options
             store=store or default_store_root(),
             device=device,
             dtype=dtype,
-            vram=_device_budget(vram, device),
+            vram=device_budget(vram, device),
             ram=ram,
             expert_cache=expert_cache,
             offline=offline,
@@ -122,12 +128,6 @@ def _spec(model: str, quant: str | None, dtypes: tuple[str | None, str | None]) 
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"--reference-dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
-
-
-def _device_budget(vram: str | None, device: str) -> str:
-    if vram is not None and resolve_device(device).type == "cpu":
-        raise OptionError(f"--vram is {vram!r}, but a CPU has no device memory; use --ram, or --device cuda")
-    return vram or "auto"
 
 
 def _print(report: QualityReport, spec: str | None) -> None:

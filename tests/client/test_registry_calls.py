@@ -9,47 +9,18 @@ import redis
 
 from lamella import keys as wire_keys
 from lamella.errors import DecodeError
-from lamella.keys import Keys
-from lamella.messages import Failed, GenerateRequest, decode_event, decode_request
-from lamella.queue_calls import serve_call
+from lamella.messages import Failed, decode_event, decode_request
 from lamella.records import STATUS_FIELDS, decode_status
 from lamella.registry_calls import (
     ClaimStatus,
     EmitStatus,
     Idempotency,
-    SubmitReply,
     SubmitStatus,
     cancel_call,
     emit_call,
-    submit_call,
 )
 from tests.client.acting_worker import MODEL, ActingWorker, call, done, failed, token
-
-KEYS = Keys()
-
-
-def submit(
-    client: redis.Redis,
-    job_id: str = "j1",
-    prompt: str = "hello",
-    idempotency: Idempotency | None = None,
-    slots: int = 100,
-) -> SubmitReply:
-    request = GenerateRequest(model=MODEL, prompt=prompt)
-    call(client, serve_call(KEYS, "serving", MODEL, slots))
-    return call(client, submit_call(KEYS, job_id, request, None, idempotency))
-
-
-def expire_lease(client: redis.Redis, job_id: str = "j1") -> None:
-    client.hset(KEYS.job(job_id), "lease_until", 1)
-
-
-def events(client: redis.Redis, job_id: str = "j1") -> list[tuple[str, str]]:
-    return [(entry, decode_event(fields["e"]).type) for entry, fields in client.xrange(KEYS.stream(job_id))]
-
-
-def state(client: redis.Redis, job_id: str = "j1") -> str | None:
-    return client.hget(KEYS.job(job_id), "state")
+from tests.client.registry_driver import KEYS, events, expire_lease, state, submit
 
 
 @pytest.fixture
