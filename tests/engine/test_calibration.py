@@ -22,6 +22,7 @@ from lamella_engine.calibration import (
     measure_h2d,
 )
 from lamella_engine.errors import ShardError
+from tests.descriptors import open_files_below
 
 MIB = 1024**2
 CPU = torch.device("cpu")
@@ -44,15 +45,12 @@ def bytes_read() -> int:
 
 
 def test_the_disk_is_measured_on_the_files_given(files: list[Path]) -> None:
-    before = set(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else set()
-
     profile = measure_disk(files, limit_s=0.3)
 
     assert profile.bandwidth > 0
     assert profile.depth in (1, 2, 4, 8)
     assert profile.block_bytes in (2 * MIB, 8 * MIB)
-    if before:
-        assert set(os.listdir("/proc/self/fd")) == before
+    assert open_files_below(files[0].parent) == []
     assert not [thread for thread in threading.enumerate() if thread.name == "lamella-calibrate"]
 
 

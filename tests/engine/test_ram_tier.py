@@ -22,6 +22,7 @@ from lamella_engine.pieces import layer_piece
 from lamella_engine.ram_tier import RamTier
 from lamella_engine.shared_memory import default_directory, reclaim
 from tests import tiny_models
+from tests.descriptors import open_files_below
 from tests.waiting import wait_until
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory is shared on Linux")
@@ -291,17 +292,14 @@ def test_closing_while_a_piece_loads_lets_go_of_it(tier: RamTier, directory: Pat
 
 @linux_only
 def test_no_descriptor_is_left_open(directory: Path) -> None:
-    gc.collect()  # what earlier tests dropped would close meanwhile
-    before = len(os.listdir("/proc/self/fd"))
-
     with RamTier(directory, pinned=False) as tier:
         tensors = [tier.load(f"{number:064x}", NBYTES, Filler()) for number in range(20)]
-        during = len(os.listdir("/proc/self/fd"))
+        during = open_files_below(directory)
     del tensors
     gc.collect()
 
-    assert during - before == 40
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(during) == 40
+    assert open_files_below(directory) == []
 
 
 @linux_only
