@@ -10,7 +10,8 @@ In the order data flows through them:
   here, and what its sequences keep; `narrow_copy`, `parts_probe`: whether its prompts may be read in parts.
 - `importers`: families that exist as code of their own only, brought onto transformers' classes; `alibi`: linear
   position biases for those that need them.
-- `quant_spec`, `formats`, `packed_shard`, `quant_mix`, `stored_form`: which weights are stored in fewer bytes, and how.
+- `quant_spec`, `formats`, `packed_shard`, `quant_mix`, `stored_form`: which weights are stored in fewer bytes, and how;
+  `calibration_text`, `layer_inputs`, `calibrated_build`: for which text their codes are chosen.
 - `open_source`, `stored_checkpoint`, `hub_source`: the place that weights come from, opened.
 - `convert`, `build_plan`, `shard`, `shard_writer`, `in_place`, `shard_builder`, `manifest`, `shard_check`,
   `model_lock`, `model_use`, `store_room`, `originals`, `shard_store`: one file per layer, built once, checked whenever

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from lamella_engine.errors import OptionError, ShardError
 from lamella_engine.formats import FORMATS, find_format, packed_bytes
+from lamella_engine.formats.calibrated_rounding import Feedback, encode_calibrated
+from lamella_engine.formats.four_bit import FourBit
 from lamella_engine.quant_spec import FULL, QuantSpec, TensorName
 from lamella_engine.safetensors_header import SafetensorsHeader
 from lamella_engine.shard import PackedParts, TensorSpec
-from lamella_engine.shard_writer import ShardRecord, lay_out, size_of, write_shard
+from lamella_engine.shard_writer import PADDING_PREFIX, ShardRecord, lay_out, size_of, write_shard
 from lamella_engine.weight_source import Conversion, TensorShape
 
 METADATA_KEY = "lamella.packed"
@@ -33,11 +36,13 @@ class Packing:
         spec: which format each gets.
         layer: index of the layer; None for what lies outside the layers.
         device: where they are packed.
+        inputs: what the layer is given, by tensor, where codes are chosen for that.
     """
 
     spec: QuantSpec
     layer: int | None
     device: torch.device
+    inputs: Mapping[str, Feedback] = field(default_factory=dict)
 
     def format_for(self, tensor: TensorShape) -> str:
         """The format of `tensor` (by its name in the shard), or `FULL`.
@@ -89,7 +94,7 @@ def write_packed(
             name = rename(native)
             shape = TensorShape(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
             chosen = packing.format_for(shape)
-            parts = {} if chosen == FULL else _pack(value, chosen, packing.device)
+            parts = {} if chosen == FULL else _pack(value, chosen, packing, name)
             if parts and packed_bytes(parts) < value.nbytes:
                 stored |= {f"{name}.{suffix}": part for suffix, part in parts.items()}
                 described[name] = {"format": chosen, "dtype": shape.dtype, "shape": shape.shape, "parts": list(parts)}
@@ -102,6 +107,22 @@ def write_packed(
     layout = lay_out(shapes, {METADATA_KEY: json.dumps(described)} if described else {})
     whole = Conversion(shapes, tuple(stored), lambda: dict(stored))
     return write_shard(path, layout, [whole], lambda name: name, lambda _: None)
+
+
+def read_unpacked(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a shard's file, packed ones expanded into the type they had.
+
+    Raises:
+        OSError, SafetensorError: it cannot be read.
+    """
+    with safe_open(path, "pt") as file:
+        described = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    for name, values in described.items():
+        parts = {suffix: stored.pop(f"{name}.{suffix}") for suffix in values["parts"]}
+        whole = stored[name] = torch.empty(values["shape"], dtype=getattr(torch, values["dtype"]))
+        find_format(values["format"]).decode(parts, whole)
+    return {name: value for name, value in stored.items() if not name.startswith(PADDING_PREFIX)}
 
 
 def tensors_of(header: SafetensorsHeader, plain: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -147,8 +168,13 @@ def _check(format: str, shape: tuple[int, ...], dtype: str, parts: tuple[TensorS
         raise ValueError(f"{len(parts)} parts of {len(wanted)}")
 
 
-def _pack(value: torch.Tensor, format: str, device: torch.device) -> dict[str, torch.Tensor]:
-    return {suffix: part.cpu() for suffix, part in find_format(format).encode(value.to(device)).items()}
+def _pack(value: torch.Tensor, chosen: str, packing: Packing, name: str) -> dict[str, torch.Tensor]:
+    format, inputs = find_format(chosen), packing.inputs.get(name)
+    if inputs is None or not isinstance(format, FourBit):
+        parts = format.encode(value.to(packing.device))
+    else:
+        parts = encode_calibrated(format, value.to(packing.device), inputs)
+    return {suffix: part.cpu() for suffix, part in parts.items()}
 
 
 def _shapes(tensor: TensorShape, format: str) -> list[TensorShape]:

@@ -76,7 +76,7 @@ def windows_of(
         OptionError: there are not two windows of it, or `scored_tokens` are less than two windows'.
         CheckpointError: the tokenizer gives tokens that the model does not know.
     """
-    prefix = _begins_with(tokenizer)
+    prefix = begins_with(tokenizer)
     room = window_tokens - len(prefix)
     if room < 4:
         raise OptionError(
@@ -90,18 +90,18 @@ def windows_of(
             f"--tokens is {scored_tokens}: an interval needs two windows, which score {2 * stride} tokens; give at "
             f"least that many, or a smaller --window than {window_tokens}"
         )
-    ids = _first_ids(tokenizer, text.content, context + scored_tokens)
+    ids = first_ids(tokenizer, text.content, context + scored_tokens)
     if len(ids) < 2 * room:
         raise OptionError(
             f"{text.title} has {len(ids)} tokens, and two windows of {window_tokens} need {2 * room}; give a longer "
             "text with --text, or a smaller --window"
         )
-    _check_known((*prefix, *ids), vocabulary)
+    check_known((*prefix, *ids), vocabulary)
     blocks = [ids[start : start + room] for start in range(0, len(ids) - context, stride)]
     return [Window((*prefix, *block[:-1]), tuple(block[context:])) for block in blocks]
 
 
-def _first_ids(tokenizer: Any, content: str, count: int) -> list[int]:
+def first_ids(tokenizer: Any, content: str, count: int) -> list[int]:
     """The first `count` tokens of `content`, or all, without any that are not of the text; no more of it is looked at.
 
     A cut may change the tokens before it, so some are left over.
@@ -114,7 +114,7 @@ def _first_ids(tokenizer: Any, content: str, count: int) -> list[int]:
         size *= _MORE
 
 
-def _begins_with(tokenizer: Any) -> tuple[int, ...]:
+def begins_with(tokenizer: Any) -> tuple[int, ...]:
     """Tokens that the tokenizer puts before a text: what the model was trained to see first."""
     plain = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(_PROBE, add_special_tokens=True)["input_ids"])
@@ -122,7 +122,12 @@ def _begins_with(tokenizer: Any) -> tuple[int, ...]:
     return tuple(whole[: next((start for start in places if whole[start : start + len(plain)] == plain), 0)])
 
 
-def _check_known(ids: Sequence[int], vocabulary: int) -> None:
+def check_known(ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse tokens that are not among the model's `vocabulary`.
+
+    Raises:
+        CheckpointError: there are some.
+    """
     unknown = max(ids)
     if unknown >= vocabulary:
         raise CheckpointError(

@@ -11,6 +11,9 @@ dotted name, ``layers.<number>.<name in the layer>``, in which ``0-3`` is a rang
 What decides over others (norms, embeddings, heads, routers), biases, other vectors and rows too short to pack stay in
 full precision unless their own part of the name, or their kind, is written: ``layers.0-3=nf4`` and ``mlp=nf4`` leave
 the norms and the router there alone, ``norms=int8`` and ``mlp.gate=int8`` do not.
+
+The word ``calibrated`` has four-bit codes chosen for what the layers are given over the text that ships, and
+``calibrated=FILE`` over the text in a file (`layer_inputs`, `formats.calibrated_rounding`).
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from lamella_engine.calibration_text import CalibrationText
 from lamella_engine.errors import OptionError
-from lamella_engine.formats import FORMATS
+from lamella_engine.formats import CALIBRATED_FORMATS, FORMATS
 
 FULL = "full"
 """Not packed: in the type that the checkpoint's weights are stored in."""
 KINDS = ("norms", "embeddings", "lm_head", "routers", "biases")
+
+CALIBRATED = "calibrated"
+"""The word that has codes chosen for a text."""
 
 _FULL_WORDS = (FULL, "bf16")
 _EXAMPLE = "int8,layers.0-3=bf16,lm_head=bf16"
@@ -69,14 +76,20 @@ class QuantSpec:
     Attributes:
         default: a format, or `FULL`.
         rules: exceptions from it; later ones count more.
+        calibration: what codes are chosen for; None means for the weights alone.
     """
 
     default: str
     rules: tuple[Rule, ...] = ()
+    calibration: CalibrationText | None = None
 
     def __str__(self) -> str:
         """The same specification in one way of writing: equal texts mean the same, so it can be part of a key."""
-        return ",".join([self.default, *map(str, self.rules)])
+        return ",".join([self.default, *map(str, self.rules), *([str(self.calibration)] if self.calibration else [])])
+
+    def is_calibrated(self, format: str) -> bool:
+        """Whether the codes of a format are chosen for a text."""
+        return self.calibration is not None and format in CALIBRATED_FORMATS
 
     @property
     def packs_nothing(self) -> bool:
@@ -120,10 +133,16 @@ def parse_quant(text: str) -> QuantSpec:
     """
     default: str | None = None
     rules: dict[str, Rule] = {}
+    calibration: CalibrationText | None = None
     for part in text.split(","):
         place, sign, word = (piece.strip() for piece in part.rpartition("="))
         if not word:
-            raise _refused(part, text, "a format is missing")
+            raise _refused(part, text, "a format is missing" if place != CALIBRATED else "a file is missing")
+        if CALIBRATED in (place, part.strip().lower()):
+            if calibration is not None:
+                raise _refused(part, text, "it is given twice")
+            calibration = CalibrationText.read(word if sign else None)
+            continue
         format = _format(word, part, text)
         if not sign:
             if default is not None:
@@ -134,7 +153,16 @@ def parse_quant(text: str) -> QuantSpec:
         if place in rules:
             raise _refused(part, text, f"{place!r} is given twice")
         rules[place] = Rule(place, format)
-    return QuantSpec(default or FULL, tuple(rules.values()))
+    spec = QuantSpec(default or FULL, tuple(rules.values()), calibration)
+    if calibration is not None and not any(spec.is_calibrated(each) for each in (spec.default, *_formats(spec.rules))):
+        raise _refused(
+            CALIBRATED, text, f"nothing is packed as {' or '.join(CALIBRATED_FORMATS)}, the formats it is for"
+        )
+    return spec
+
+
+def _formats(rules: Iterable[Rule]) -> list[str]:
+    return [rule.format for rule in rules]
 
 
 def _format(word: str, part: str, text: str) -> str:

@@ -64,7 +64,7 @@ def materialise_root(
     model.tie_weights()
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
-    _compute_buffers(model, device)
+    compute_buffers(model, device)
     if tables.embedding is not None and tables.embedding.name not in stays:
         piece = tensor_piece(root, tables.embedding)
         stored = map_piece(piece) if plan.embedding is Tier.DISK else loader.to_ram(piece)
@@ -73,7 +73,11 @@ def materialise_root(
         EmbeddingRows(model.get_input_embeddings(), table, device, timeline, is_on_disk=is_on_disk)
 
 
-def _compute_buffers(model: nn.Module, device: torch.device) -> None:
+def compute_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give every module of `model` the buffers that no checkpoint stores, by the model's own initialisation.
+
+    Parameters are to be marked as initialised before, or it would touch them.
+    """
     owners = {}
     for name, buffer in list(model.named_non_persistent_buffers()):  # type: ignore[operator] # transformers' own
         path, _, leaf = name.rpartition(".")

@@ -23,6 +23,7 @@ import torch
 
 from lamella_engine import architecture, convert
 from lamella_engine.build_plan import BuildRequest, PlannedShard, check_quant, plan_layers, plan_shard
+from lamella_engine.calibrated_build import CalibratedBuild
 from lamella_engine.convert import ModelPlan
 from lamella_engine.errors import CheckpointError, DiskFull, ModelError, ShardError
 from lamella_engine.in_place import link_original
@@ -93,7 +94,7 @@ def build(
         _make_directory(planned.directory)
         companions = _write_companions(planned)
         originals = _link_originals(planned, progress)
-        records = _write_shards(planned, finished, progress)
+        records = _write_shards(planned, finished, _calibration(planned, finished), progress)
         if request.source.fingerprint != planned.fingerprint:
             raise CheckpointError(f"{request.source.path} was changed while it was read; try again when it is complete")
         manifest = _manifest(planned, companions, records, originals)
@@ -272,7 +273,18 @@ def _link_originals(planned: _Build, progress: Progress) -> tuple[ShardRecord, .
     return hash_files(planned.directory, list(planned.originals), progress)
 
 
-def _write_shards(planned: _Build, finished: dict[str, ShardRecord], progress: Progress) -> tuple[ShardRecord, ...]:
+def _calibration(planned: _Build, finished: dict[str, ShardRecord]) -> CalibratedBuild | None:
+    """What measures the layers that are to be packed for a text; None if there is none, or nothing left to pack."""
+    request = planned.request
+    text = request.quant.calibration if isinstance(request.quant, QuantSpec) else None
+    if text is None or all(shard.file in finished for shard in planned.shards):
+        return None
+    return CalibratedBuild(text, planned.built, planned.plan, planned.directory, request.quant_device)
+
+
+def _write_shards(
+    planned: _Build, finished: dict[str, ShardRecord], calibration: CalibratedBuild | None, progress: Progress
+) -> tuple[ShardRecord, ...]:
     total = sum(shard.data_bytes for shard in planned.shards)
     done = sum(shard.data_bytes for shard in planned.shards if shard.file in finished)
     progress(BUILD, done, total)
@@ -283,9 +295,15 @@ def _write_shards(planned: _Build, finished: dict[str, ShardRecord], progress: P
         progress(BUILD, min(done, total), total)
 
     records = []
-    for shard in planned.shards:
-        record = finished.get(shard.file) or _write_one(planned.directory, shard, advance)
+    for number, shard in enumerate(planned.shards):
+        layer = number - 1  # the first shard is what lies outside the layers
+        record = finished.get(shard.file)
+        if record is None:
+            whole = shard if calibration is None or layer < 0 else calibration.measured(layer, shard)
+            record = _write_one(planned.directory, whole, advance)
         records.append(record)
+        if calibration is not None and layer >= 0:
+            calibration.go_on(layer, planned.directory / record.file)
     progress(BUILD, total, total)
     return tuple(records)
 

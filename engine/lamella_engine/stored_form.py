@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from lamella_engine import names
 from lamella_engine.errors import OptionError
-from lamella_engine.formats import FORMATS
+from lamella_engine.formats import CALIBRATED_FORMATS, FORMATS
 from lamella_engine.quant_mix import SizeTarget
-from lamella_engine.quant_spec import QuantSpec, parse_quant
+from lamella_engine.quant_spec import CALIBRATED, QuantSpec, parse_quant
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,14 @@ def packed_variant(name: str, form: StoredForm) -> tuple[str, QuantSpec | SizeTa
     spec = parse_quant(form.quant or "")
     if spec.packs_nothing:
         raise OptionError(f"quant {form.quant!r} packs nothing; leave it out")
-    return names.variant_name(base, str(spec)), spec
+    format = spec.default
+    is_plain_calibrated = str(spec) == f"{format},{CALIBRATED}"
+    return names.variant_name(base, f"{format}-{CALIBRATED}" if is_plain_calibrated else str(spec)), spec
 
 
 def meaning_of(variant: str) -> QuantSpec | SizeTarget | None:
     """What a variant in a model's name asks for; None if the name does not say."""
-    return parse_quant(variant) if variant in FORMATS else SizeTarget.parse(variant)
+    format = variant.removesuffix(f"-{CALIBRATED}")
+    if format in FORMATS and (format == variant or format in CALIBRATED_FORMATS):
+        return parse_quant(variant.replace("-", ","))
+    return SizeTarget.parse(variant)

@@ -8,6 +8,7 @@ In the order data flows through them:
 - `lossless`, `lossless_bits`: bfloat16 in fewer bytes, bit for bit.
 - `kernels`, `nvrtc`, `kernels.cu`: the CUDA kernels, compiled at run time; `block_kernel` says which one is meant.
 - `bitsandbytes_kernels`: that package's kernels, where ours cannot be compiled.
+- `calibrated_rounding`: four-bit codes chosen for what a layer is given.
 - `error`: how much a format changes a weight.
 
 Tensors in, tensors out: nothing here knows of shards, streams or models. `quant_spec` beside this package says which
@@ -16,9 +17,10 @@ tensor of a model gets which format; `dequantise` reads checkpoints that others 
 
 from lamella_engine.formats.error import PackingError, packing_error
 from lamella_engine.formats.format import FULL_DTYPES, Format, Parts, PartSpec, packed_bytes
-from lamella_engine.formats.registry import FORMATS, find_format
+from lamella_engine.formats.registry import CALIBRATED_FORMATS, FORMATS, find_format
 
 __all__ = [
+    "CALIBRATED_FORMATS",
     "FORMATS",
     "FULL_DTYPES",
     "Format",

@@ -46,22 +46,45 @@ class FourBit(Blockwise):
         """See `Blockwise.encode_blocks`."""
         kept = kept_bits(blocks.abs().amax(dim=-1), is_rounded_up=False)
         exponents = row_exponents(kept)
+        best = self.choose_scales(blocks, kept, exponents)
+        codes, _ = self.round_to_codes(blocks, scale_values(best, exponents)[..., None])
+        return pack_codes(codes), best, exponents
+
+    def choose_scales(
+        self, blocks: torch.Tensor, kept: torch.Tensor, exponents: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of some scales below the maximum, the one for each block with the least squared error.
+
+        Args:
+            blocks: float32 [rows, blocks, 64].
+            kept: `kept_bits` of the largest number of each block, [rows, blocks].
+            exponents: of the rows, [rows, 1].
+            weights: how much the square of each number's error counts, like `blocks`; None means alike.
+
+        Returns:
+            Bytes of scales, int32 [rows, blocks].
+        """
         nearest = _on(self._nearest, blocks.device)
+        root = None if weights is None else weights.sqrt()
         best = error = None
         for steps in _BELOW_MAXIMUM:
             candidate = scale_bytes(kept - steps, exponents)
             scale = scale_values(candidate, exponents)
             places = blocks * (_FINE / scale)[..., None]
-            found = nearest.index_select(0, _indices(places).view(-1)).view_as(places)
-            own = torch.linalg.vector_norm(found.sub_(places), dim=-1).mul_(scale)
+            found = nearest.index_select(0, _indices(places).view(-1)).view_as(places).sub_(places)
+            own = torch.linalg.vector_norm(found if root is None else found.mul_(root), dim=-1).mul_(scale)
             is_better = own < error if error is not None else torch.ones_like(own, dtype=torch.bool)
             best = candidate if best is None else torch.where(is_better, candidate, best)
             error = own if error is None else torch.minimum(own, error)
         assert best is not None
-        places = blocks * (_FINE / scale_values(best, exponents))[..., None]
-        codes = _on(self._codes, blocks.device).index_select(0, _indices(places).view(-1))
-        halves = codes.view(blocks.shape[0], -1, 2)
-        return (halves[..., 0] << 4) | halves[..., 1], best, exponents
+        return best
+
+    def round_to_codes(self, numbers: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes that come nearest to float32 `numbers` under `scale`, and what they stand for; shapes broadcast."""
+        places = _indices(numbers * (_FINE / scale)).view(-1)
+        codes = _on(self._codes, numbers.device).index_select(0, places).view_as(numbers)
+        values = _on(self._nearest, numbers.device).index_select(0, places).view_as(numbers) * (scale / _FINE)
+        return codes, values
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """See `Blockwise.values`."""
@@ -73,8 +96,15 @@ class FourBit(Blockwise):
         _on(self._pairs, device)
 
 
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte: uint8 [rows, blocks, 64] -> uint8 [rows, half as many]."""
+    halves = codes.view(codes.shape[0], -1, 2)
+    return (halves[..., 0] << 4) | halves[..., 1]
+
+
 def _indices(places: torch.Tensor) -> torch.Tensor:
-    return (places + (_REACH + 0.5)).to(torch.int32)
+    """Places in the tables; a number beyond the largest code, as feedback can make one, takes that."""
+    return (places.clamp(-_REACH, _REACH) + (_REACH + 0.5)).to(torch.int32)
 
 
 def _on(table: dict[torch.device, torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""Four-bit codes chosen for what a layer is given: each rounding's error is made up for by the numbers after it.
+
+Owns the arithmetic of one matrix. A row ``w`` is to be replaced by codes ``q`` such that ``(w - q) M (w - q)`` is
+small, with ``M`` the second moments of the layer's inputs over a text: then the outputs change little, rather than the
+weights. Columns are rounded one after the other, and what a column has lost is added, as ``M`` says, to those that are
+not rounded yet (GPTQ; Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate post-training quantization for
+generative pre-trained transformers", 2022). The stored form is that of `four_bit`: expanding knows nothing of this.
+`layer_inputs` measures the moments.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lamella_engine.errors import CheckpointError
+from lamella_engine.formats.blockwise import CODES
+from lamella_engine.formats.four_bit import FourBit, pack_codes
+from lamella_engine.formats.scales import BLOCK, EXPONENTS, SCALES, blocks_in, kept_bits, row_exponents, scale_values
+
+Feedback = tuple[torch.Tensor, ...]
+"""For each span of a matrix's columns, float32 [columns, columns], upper triangular: how errors are made up for."""
+
+SPAN = 8192
+"""Columns at most that make up for each other; a wider matrix has several such spans, so that moments stay small."""
+_DAMPING = 0.01  # of the moments' mean, added to all: directions that the text hardly shows are not trusted
+_MORE_DAMPING = (1, 10, 100, 1000)  # where rounding errors of the moments leave them without a root
+
+
+def spans_of(columns: int) -> list[slice]:
+    """The columns of a matrix in spans of nearly equal size, each but the last a multiple of 64."""
+    count = -(-columns // SPAN)
+    step = -(-blocks_in(columns) // count) * BLOCK
+    return [slice(first, min(first + step, columns)) for first in range(0, columns, step)]
+
+
+def encode_calibrated(format: FourBit, weight: torch.Tensor, feedback: Feedback) -> dict[str, torch.Tensor]:
+    """Pack a matrix for what it is given.
+
+    Args:
+        format: nf4 or fp4.
+        weight: [rows, columns], on the device that packs.
+        feedback: for each of `spans_of` the columns, `feedback_of` their inputs' moments.
+
+    Returns:
+        The parts, as `Blockwise.encode` makes them.
+
+    Raises:
+        CheckpointError: the weight holds infinities or not-a-numbers.
+    """
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.to(torch.float32), (0, -columns % BLOCK))
+    if not bool(torch.isfinite(padded).all()):
+        raise CheckpointError(
+            f"a weight holds infinities or not-a-numbers, which {format.name} has no code for. The checkpoint is "
+            "damaged, or its tensor has to stay in full precision: give it 'full' by its name"
+        )
+    kept = kept_bits(padded.view(rows, -1, BLOCK).abs().amax(dim=-1), is_rounded_up=False)
+    exponents = row_exponents(kept)
+    codes = torch.empty_like(padded, dtype=torch.uint8)
+    scales = torch.empty_like(kept, dtype=torch.uint8)
+    for span, root in zip(spans_of(columns), feedback, strict=True):
+        whole = slice(span.start, span.start + len(root))
+        into = codes[:, whole], scales[:, whole.start // BLOCK : whole.stop // BLOCK]
+        _round_span(format, padded[:, whole], root.to(weight.device), exponents, into)
+    packed = pack_codes(codes.view(rows, -1, BLOCK))[:, : format.code_bytes(columns)].contiguous()
+    return {CODES: packed, SCALES: scales, EXPONENTS: exponents.to(torch.uint8).view(rows)}
+
+
+def _round_span(
+    format: FourBit,
+    weight: torch.Tensor,
+    feedback: torch.Tensor,
+    exponents: torch.Tensor,
+    into: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Round the columns of `weight`, which is changed, one after the other; codes and bytes of scales go `into`."""
+    codes, scales = into
+    diagonal = feedback.diagonal()
+    for first in range(0, weight.shape[1], BLOCK):
+        block = slice(first, first + BLOCK)
+        numbers = weight[:, block].clone()
+        kept = kept_bits(numbers.abs().amax(dim=-1, keepdim=True), is_rounded_up=False)
+        counts = diagonal[block].square().reciprocal().expand(len(numbers), 1, BLOCK)
+        chosen = format.choose_scales(numbers[:, None], kept, exponents, counts)
+        scale = scale_values(chosen, exponents)[:, 0]
+        scales[:, first // BLOCK] = chosen[:, 0]
+        errors = torch.empty_like(numbers)
+        rows_of_block = feedback[block, block]
+        for column in range(BLOCK):
+            code, value = format.round_to_codes(numbers[:, column], scale)
+            codes[:, first + column] = code
+            errors[:, column] = (numbers[:, column] - value) / diagonal[first + column]
+            numbers[:, column + 1 :].addr_(errors[:, column], rows_of_block[column, column + 1 :], alpha=-1)
+        weight[:, block.stop :].addmm_(errors, feedback[block, block.stop :], alpha=-1)
+
+
+def feedback_of(moments: torch.Tensor) -> torch.Tensor:
+    """How errors of one span of columns are made up for: the upper triangular root of the inverse of its moments.
+
+    Args:
+        moments: float32 [columns, columns], the mean of ``x x^T`` over the inputs.
+
+    Returns:
+        float32, of a size that is a multiple of 64; columns that are not there stand alone.
+
+    Raises:
+        CheckpointError: the moments are no usable numbers.
+    """
+    size = len(moments)
+    whole = torch.zeros(*(2 * [-(-size // BLOCK) * BLOCK]), dtype=torch.float32, device=moments.device)
+    whole[:size, :size] = moments
+    diagonal = whole.diagonal()
+    mean = float(diagonal[:size].mean()) or 1.0
+    diagonal[diagonal == 0] = mean  # an input that is always zero says nothing of its column
+    before = diagonal.clone()
+    for factor in _MORE_DAMPING:
+        diagonal.copy_(before + _DAMPING * factor * mean)
+        root, failed = torch.linalg.cholesky_ex(whole)
+        if not bool(failed):
+            upper: torch.Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+            if not bool(failed) and bool(torch.isfinite(upper).all()):
+                return upper
+    raise CheckpointError(
+        "the inputs of a layer over the calibration text are no usable numbers; the checkpoint is damaged, or the "
+        "model computes in too narrow a type: leave 'calibrated' out"
+    )
