@@ -23,13 +23,14 @@ from lamella_engine.binding import TORCH_DTYPES
 from lamella_engine.calibration import DiskProfile, measure_bandwidths, measure_disk
 from lamella_engine.compute_dtype import choose_dtype
 from lamella_engine.device import peak_rss_bytes, resolve_device
-from lamella_engine.engine import MAX_UNDELIVERED, MAX_WAITING, Engine
+from lamella_engine.engine import MAX_WAITING, Engine
 from lamella_engine.errors import EngineError, OptionError, PlanError, SequenceError
 from lamella_engine.estimate import Prediction, predict
 from lamella_engine.host_memory import peak_pinned_bytes
 from lamella_engine.kv_cache import PAGE_TOKENS, pages_for
 from lamella_engine.model_sizes import sizes_of_sharded
 from lamella_engine.options import EngineOptions
+from lamella_engine.outbox import MAX_UNDELIVERED
 from lamella_engine.placement import Bandwidths, ModelSizes, Plan, Tier
 from lamella_engine.sequence_types import (
     EngineFacts,

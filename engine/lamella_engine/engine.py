@@ -7,13 +7,12 @@ engine can live in another process without its callers noticing. Sequences join 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -25,6 +24,7 @@ from lamella_engine.kv_shape import context_tokens
 from lamella_engine.open_model import open_sweep_model
 from lamella_engine.options import EngineOptions
 from lamella_engine.out_of_memory import free_what_is_cached, is_out_of_memory
+from lamella_engine.outbox import Outbox
 from lamella_engine.placement import Plan
 from lamella_engine.prompt_step import check_step, step_tokens
 from lamella_engine.sampler import sample
@@ -49,7 +49,6 @@ from lamella_engine.timeline import Lane
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 1024  # sequences that may wait for room; one more is refused
-MAX_UNDELIVERED = 2  # batches of events nobody took yet; then the sweep stalls
 CLOSE_S = 150.0
 _POLL_S = 0.2
 
@@ -61,10 +60,17 @@ class Engine:
         codec: the model's tokenizer, or None if it ships none.
         end_token_ids: tokens that end a text unless a sequence ignores them.
         before_sweep: called in the sweep thread before each sweep; what it raises fails the sweep, as if from within.
+
+    With `wake`, notified when `wants_turn` may have changed, it sweeps only when `take_turn` is called on `thread`.
     """
 
     def __init__(
-        self, model: SweepModel, codec: TextCodec | None, options: EngineOptions, thread: SweepThread | None = None
+        self,
+        model: SweepModel,
+        codec: TextCodec | None,
+        options: EngineOptions,
+        thread: SweepThread | None = None,
+        wake: threading.Condition | None = None,
     ) -> None:
         self._model = model
         self.codec = codec
@@ -81,15 +87,16 @@ class Engine:
         self._arrivals: list[Sequence] = []
         self._cancels: set[str] = set()
         self._live: set[str] = set()
-        self._wake = threading.Condition()
+        self._wake = wake or threading.Condition()
         self._stop = threading.Event()
-        self._outbox: queue.Queue[SweepEvents] = queue.Queue(maxsize=MAX_UNDELIVERED)
+        self._outbox = Outbox(self._stop, wake)
         self._sweeps = self._tokens = self._streamed_bytes = 0
         self._sweep_seconds: list[float] = []  # of sweeps whose events are not delivered yet
         self._last_sweep_at: float | None = None
         self._failure: Exception | None = None  # what ended the sweep thread before its time
         self._thread = thread or SweepThread()
-        self._thread.start(self._run)
+        if wake is None:
+            self._thread.start(self._run)
 
     @classmethod
     def open(cls, model: str | Path, options: EngineOptions) -> Engine:
@@ -108,23 +115,18 @@ class Engine:
         """Open a model whose shards are already at hand."""
         codec = load_codec(sharded.directory)
         thread = SweepThread()
-        try:
+        with ExitStack() as undo:
+            undo.callback(thread.end)
             model = thread.call(lambda: open_sweep_model(sharded, options, device), SweepModel.close)
-            try:
-                return cls(model, codec, options, thread)
-            except BaseException:
-                model.close()
-                raise
-        except BaseException:
-            thread.end()
-            raise
+            undo.callback(model.close)
+            engine = cls(model, codec, options, thread)
+            undo.pop_all()
+        return engine
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -211,10 +213,28 @@ class Engine:
         """
         while not self._stop.is_set():
             self._check_alive()
-            try:
-                yield self._outbox.get(timeout=poll_s)
-            except queue.Empty:
-                yield SweepEvents(())
+            yield self._outbox.take(poll_s)
+
+    @property
+    def wants_turn(self) -> bool:
+        """There is something to do, and room for its events."""
+        has_work = self._arrivals or self._cancels or self._scheduler.running or self._scheduler.waiting
+        return bool(has_work) and self._failure is None and not self._outbox.is_full
+
+    def take_turn(self) -> bool:
+        """The sweep boundary, and a sweep if anyone runs then; False if there was nothing to do."""
+        events = self._join_and_leave()
+        self._scheduler.admit()
+        if self._scheduler.running:
+            events += self._sweep()
+        if events:
+            sweep_seconds, self._sweep_seconds = tuple(self._sweep_seconds), []
+            self._outbox.put(SweepEvents(tuple(events), sweep_seconds))
+        return bool(events or self._scheduler.running)
+
+    def fail(self, error: Exception) -> None:
+        """Sweep no more; whoever asks is told of `error`."""
+        self._failure = error
 
     def close(self) -> None:
         """Stop the sweeps and free everything; live sequences end without an event. Idempotent."""
@@ -253,15 +273,13 @@ class Engine:
             raise SequenceError("no_seed", "a sequence with temperature > 0 needs a seed")
         if request.sampling.stop and self.codec is None:
             raise SequenceError("no_tokenizer", "stop strings need a tokenizer, which this model does not ship")
+        stop, ends = request.sampling.stop, self.end_token_ids
         first, *siblings = [
-            Sequence(request, prompt_ids, self._make_detokenizer(request), self.end_token_ids, room, index)
-            for index in range(request.num_samples)
+            Sequence(request, prompt_ids, Detokenizer(self.codec.decode, stop) if self.codec else None, ends, room, n)
+            for n in range(request.num_samples)
         ]
         first.siblings = siblings
         return first
-
-    def _make_detokenizer(self, request: SequenceRequest) -> Detokenizer | None:
-        return Detokenizer(self.codec.decode, request.sampling.stop) if self.codec else None
 
     def _prompt_ids(self, request: SequenceRequest) -> list[int]:
         if request.prompt_ids is not None:
@@ -282,22 +300,12 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._serve()
+            while not self._stop.is_set():
+                if not self.take_turn():
+                    self._wait_for_work()
         except Exception as error:
             logger.exception("the sweep thread died")
-            self._failure = error
-
-    def _serve(self) -> None:
-        while not self._stop.is_set():
-            events = self._join_and_leave()
-            self._scheduler.admit()
-            if self._scheduler.running:
-                events += self._sweep()
-            if events:
-                sweep_seconds, self._sweep_seconds = tuple(self._sweep_seconds), []
-                self._deliver(SweepEvents(tuple(events), sweep_seconds))
-            elif not self._scheduler.running:
-                self._wait_for_work()
+            self.fail(error)
 
     def _join_and_leave(self) -> list[SequenceEvent]:
         """The sweep boundary: take in what arrived, let go what was cancelled or had ended before it came."""
@@ -384,13 +392,6 @@ class Engine:
             with self._wake:
                 self._live.discard(sequence.sequence_id)
         return [ended.finished(reason, error_code, error) for ended in (sequence, *sequence.siblings)]
-
-    def _deliver(self, batch: SweepEvents) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._outbox.put(batch, timeout=_POLL_S)
-            except queue.Full:
-                continue
 
     def _wait_for_work(self) -> None:
         with self._wake:

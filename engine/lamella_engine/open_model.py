@@ -70,6 +70,7 @@ class Machine:
         open_file: opens a shard file for reading.
         make_transfer: makes what copies to the device, from the names of the pieces; None where nothing is copied.
         recorder: records what decoding layers launch; None where nothing is recorded.
+        is_shared: other models are open on it too, and whoever opens them bounds what all take of the device.
     """
 
     device: torch.device
@@ -80,6 +81,7 @@ class Machine:
     open_file: OpenFile
     make_transfer: MakeTransfer | None
     recorder: Recorder | None = None
+    is_shared: bool = False
 
     @property
     def plan_device(self) -> str:
@@ -113,7 +115,7 @@ def this_machine(
         OptionError: a budget that is no amount of memory.
     """
     is_card = device.type == "cuda"
-    held = tier.held_bytes(layer_piece(shard, index).key for index, shard in enumerate(sharded.layers))
+    held = held_bytes(sharded, tier)
     free_host = available_host_bytes() + held
     ram = parse_budget(options.ram, total_memory_bytes(torch.device("cpu")), free_host, "ram")
     vram = None
@@ -135,6 +137,19 @@ def this_machine(
     )
 
 
+def held_bytes(sharded: ShardedModel, tier: RamTier) -> int:
+    """What this host's workers hold of the model's layers in `tier` already."""
+    return tier.held_bytes(layer_piece(shard, index).key for index, shard in enumerate(sharded.layers))
+
+
+def built_for(sharded: ShardedModel, options: EngineOptions, device: torch.device) -> Architecture:
+    """The model's tree without weights, in the type that it computes in on `device`."""
+    config = architecture.load_config(sharded.directory)
+    wanted = None if options.dtype is None else TORCH_DTYPES[options.dtype]
+    dtype = choose_dtype(wanted, TORCH_DTYPES[sharded.dtype], device, str(config.model_type))
+    return architecture.build(config, dtype)
+
+
 def open_sweep_model(
     sharded: ShardedModel,
     options: EngineOptions,
@@ -149,18 +164,15 @@ def open_sweep_model(
         ModelError: it cannot run, or its shards cannot be read.
         DeviceError: the device or the host lacks the memory after all.
     """
-    config = architecture.load_config(sharded.directory)
-    stored = TORCH_DTYPES[sharded.dtype]
-    wanted = None if options.dtype is None else TORCH_DTYPES[options.dtype]
-    dtype = choose_dtype(wanted, stored, device, str(config.model_type))
-    built = architecture.build(config, dtype)
+    built = built_for(sharded, options, device)
     with ExitStack() as resources, _current(device):
         resources.enter_context(using(sharded.directory.parent.parent, sharded.name))
         tier = resources.enter_context(RamTier(options.shared_memory, pinned=device.type == "cuda"))
-        machine = machine or this_machine(sharded, device, dtype, options, tier)
+        machine = machine or this_machine(sharded, device, built.model.dtype, options, tier)
         sizes = sizes_of_sharded(sharded, built)
         plan = plan or make_plan(sizes, machine.request(options))
-        resources.enter_context(_capped(device, plan))
+        if plan.vram is not None and not machine.is_shared:
+            resources.enter_context(capped(device, plan.vram.budget))
         opener = _Opener(sharded, built, plan, machine, Timeline(is_tracing=options.trace), resources)
         try:
             model = opener.open(tier)
@@ -340,15 +352,15 @@ def _split(sizes: Sequence[int], allocate: Callable[[int], torch.Tensor]) -> lis
 
 
 @contextmanager
-def _capped(device: torch.device, plan: Plan) -> Iterator[None]:
-    """Let this process take no more of a GPU than the plan's budget, beside what it has already."""
-    if device.type != "cuda" or plan.vram is None:
+def capped(device: torch.device, budget: int) -> Iterator[None]:
+    """Let this process take no more of a GPU than `budget` bytes beside what it has; a CPU has no such bound."""
+    if device.type != "cuda":
         yield
         return
     torch.cuda.empty_cache()
     before = torch.cuda.memory.get_per_process_memory_fraction(device)
     total = torch.cuda.mem_get_info(device)[1]
-    share = (torch.cuda.memory_reserved(device) + plan.vram.budget) / total
+    share = (torch.cuda.memory_reserved(device) + budget) / total
     torch.cuda.set_per_process_memory_fraction(min(before, share), device)
     try:
         yield
