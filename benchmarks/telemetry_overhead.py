@@ -34,7 +34,7 @@ def sweep_cost(watch: JobWatch, num_jobs: int, num_sweeps: int) -> float:
     began = time.perf_counter()
     for position in range(num_sweeps):
         batch = SweepEvents(tuple(SequenceTokens(job.sequence_id, position, (7,), "x") for job in jobs), (0.1,))
-        watch.swept(batch.sweep_seconds, len(batch.events))
+        watch.swept("m", batch.sweep_seconds, len(batch.events))
         for job in jobs:
             watch.stored(job, (TokenEvent(token_ids=(7,), text="x"),))
     return (time.perf_counter() - began) / num_sweeps

@@ -40,13 +40,13 @@ def told() -> Mapping[str, set[str]]:
     """Every sample that a scrape of a worker and of the fleet has, with its labels."""
     registry = CollectorRegistry()
     metrics = JobMetrics(registry, MODEL)
-    metrics.swept((0.1,), 1)
+    metrics.swept(MODEL, (0.1,), 1)
     plan = PlanFacts(0, 0, 4, 0, 0, 100, 64, 100, 16, None, 100, 0.1, True)
     counters = EngineCounters(
         running=0, waiting=0, sweeps=0, tokens=0, streamed_bytes=0, peak_rss_bytes=0, last_sweep_at=None
     )
     info = worker_info()
-    registry.register(EngineCollector(EngineSources(lambda: info, lambda: counters, lambda: plan)))
+    registry.register(EngineCollector(EngineSources(lambda: info, lambda model: counters, lambda model: plan)))
     client = fakeredis.FakeRedis(protocol=2, decode_responses=True)
     keys = Keys("t:")
     client.set(keys.worker("w"), info.model_dump_json())

@@ -268,7 +268,10 @@ def decode_request(raw: str | bytes) -> GenerateRequest:
 
 
 class ModelInfo(Wire):
-    """A model as a worker serves it; sizes in bytes, context in tokens."""
+    """A model as a worker serves it; sizes in bytes, context in tokens.
+
+    `slots` jobs of it run at once, and `running` do, on that worker or, where a client lists models, on all of them.
+    """
 
     name: str
     family: str
@@ -276,6 +279,8 @@ class ModelInfo(Wire):
     num_layers: int
     context_length: int
     size_bytes: int
+    slots: int = 0
+    running: int = 0
 
 
 class EngineProcessInfo(Wire):
@@ -297,7 +302,8 @@ class WorkerInfo(Wire):
     `metrics_address` is where Prometheus finds the worker's metrics, as host:port, None where it serves none.
     `last_sweep_at` is None until the first job; while jobs run it is not before the first of them came, so a worker
     with running jobs and an old `last_sweep_at` is stuck. `engine_process` is None where the engine has no process of
-    its own; `key_ids` names the worker's encryption keys.
+    its own; `key_ids` names the worker's encryption keys. `model` is the first of `models`; slots, jobs and counters
+    are of all of them together. A worker of an earlier version tells `model` alone, so read `served`.
     """
 
     name: str
@@ -319,6 +325,13 @@ class WorkerInfo(Wire):
     engine_process: EngineProcessInfo | None = None
     metrics_address: str | None = None
     key_ids: tuple[str, ...] = ()
+    models: tuple[ModelInfo, ...] = ()
+
+    @property
+    def served(self) -> tuple[ModelInfo, ...]:
+        """Every model that the worker serves, with its own slots and running jobs."""
+        alone = self.model.model_copy(update={"slots": self.slots, "running": self.running})
+        return self.models or (alone,)
 
 
 class JobStatus(Wire):

@@ -105,7 +105,8 @@ def _conflict(key: str, job_id: str) -> IdempotencyConflict:
 
 def _check_key(keys: Keys, key_id: str, model: str) -> Operation[None]:
     """Refuse a job that no worker of its model could open now; it would wait without a word."""
-    held = {key for worker in (yield from workers(keys)) if worker.model.name == model for key in worker.key_ids}
+    live = [worker for worker in (yield from workers(keys)) if any(each.name == model for each in worker.served)]
+    held = {key for worker in live for key in worker.key_ids}
     if key_id not in held:
         raise EncryptionError(
             f"no live worker of {model!r} has the encryption key {key_id!r}; the keys they have: "
@@ -247,10 +248,18 @@ def workers(keys: Keys) -> Operation[list[WorkerInfo]]:
 
 
 def models(keys: Keys) -> Operation[list[ModelInfo]]:
-    """Return the models served by live workers that still take jobs, sorted by name."""
+    """Return the models served by live workers that still take jobs, sorted by name, with the slots of all together."""
     live = yield from workers(keys)
-    served = {worker.model.name: worker.model for worker in live if not worker.draining}
-    return [served[name] for name in sorted(served)]
+    found: dict[str, ModelInfo] = {}
+    for model in (model for worker in live if not worker.draining for model in worker.served):
+        before = found.get(model.name)
+        together = (
+            {"slots": model.slots, "running": model.running}
+            if before is None
+            else {"slots": before.slots + model.slots, "running": before.running + model.running}
+        )
+        found[model.name] = model.model_copy(update=together)
+    return [found[name] for name in sorted(found)]
 
 
 def check_job_id(job_id: object) -> str:

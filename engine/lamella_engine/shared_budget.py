@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 from lamella_engine.byte_size import byte_size
@@ -84,9 +84,7 @@ def _divided(claims: Sequence[Claim], option: Option, total: int) -> list[Claim]
     if sum(parts) > total:
         raise _refusal(claims, parts, total, option)
     left = total - sum(parts)
-    needs = [
-        _need(part, left, lambda amount, number=number: seconds(number, amount)) for number, part in enumerate(parts)
-    ]
+    needs = [_need(part, left, partial(seconds, number)) for number, part in enumerate(parts)]
     parts = _moved(_filled(parts, needs, left), parts, left, seconds)
     return [_with(claim, option, part) for claim, part in zip(claims, parts, strict=True)]
 

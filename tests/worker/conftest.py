@@ -22,6 +22,7 @@ from lamella_worker.publisher import Publisher
 from lamella_worker.registry import Registry
 from lamella_worker.session import Session, Verdict
 from tests.worker.driven_engine import opened as opened
+from tests.worker.one_model import OneModel
 from tests.worker.scripted_engine import ScriptedEngine
 
 MODEL = "tiny"
@@ -99,8 +100,8 @@ def make_bench(registry: Registry, config: WorkerConfig) -> Iterator[Callable[..
     def make(name: str = "w1", registry: Registry = registry, **options: Any) -> Bench:
         engine = ScriptedEngine(**options)
         table = JobTable()
-        session = Session(engine, registry, table, config, name)
-        publisher = Publisher(engine, table, session.delivery, lambda has_failed: session.give_up())
+        session = Session(OneModel(engine), registry, table, config, name)
+        publisher = Publisher(engine, table, session.delivery, lambda has_failed: session.give_up(), model=MODEL)
         keeper = LeaseKeeper(table, session.delivery, config.worker.lease_s)
         publisher.start()
         keeper.start()

@@ -18,8 +18,9 @@ from lamella_engine.sequence_types import (
     SequenceRequest,
     SequenceTokens,
 )
-from lamella_worker.child_engine import ChildEngine
+from lamella_worker.child_host import ChildHost
 from lamella_worker.config import load_config
+from lamella_worker.engine_port import ServedModel
 from lamella_worker.failpoints import VARIABLE
 from lamella_worker.supervisor import EngineSpec
 from tests.waiting import wait_until
@@ -31,8 +32,9 @@ Opener = Callable[..., "Driven"]
 class Driven:
     """A child engine, and a thread that takes its events."""
 
-    def __init__(self, engine: ChildEngine, *, takes: bool = True) -> None:
-        self.engine = engine
+    def __init__(self, host: ChildHost, *, takes: bool = True) -> None:
+        self.host = host
+        (self.engine,) = host.engines.values()
         self.events: list[SequenceEvent] = []
         self.failure: EngineError | None = None
         self._thread = threading.Thread(target=self._take)
@@ -60,13 +62,13 @@ class Driven:
 
     def pid(self) -> int:
         """The process whose engine is open."""
-        wait_until(lambda: self.engine.wait_ready(1.0))
-        pid = self.engine.state.pid
+        wait_until(lambda: self.host.wait_ready(1.0))
+        pid = self.host.state.pid
         assert pid is not None
         return pid
 
     def close(self) -> None:
-        self.engine.close()
+        self.host.close()
         if self._thread.ident is not None:
             self._thread.join(40)
 
@@ -109,14 +111,14 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opener]:
         monkeypatch.setenv(VARIABLE, failpoints)
         flags: dict[str, object] = {"worker.model": "tiny", "engine.max_sequences": slots}
         config = load_config(None, flags | {f"worker.{key}": value for key, value in settings.items()}, environ={})
-        spec = EngineSpec("tiny", config.engine, "cpu", command or scripted_command(sweep_s))
-        driven.append(Driven(ChildEngine.open(spec, config.worker), takes=takes))
+        spec = EngineSpec((ServedModel("tiny", "tiny"),), config.engine, "cpu", command or scripted_command(sweep_s))
+        driven.append(Driven(ChildHost.open(spec, config.worker), takes=takes))
         return driven[-1]
 
     yield make
     for each in driven:
         each.close()
-    assert not any(is_alive(each.engine.state.pid) for each in driven)
+    assert not any(is_alive(each.host.state.pid) for each in driven)
 
 
 def is_alive(pid: int | None) -> bool:

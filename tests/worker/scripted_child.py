@@ -7,8 +7,8 @@ import sys
 from lamella_engine.progress import Progress
 from lamella_worker import engine_child
 from lamella_worker.engine_messages import Open
-from lamella_worker.engine_port import LocalEngine
-from tests.worker.scripted_engine import ScriptedEngine
+from lamella_worker.engine_port import EngineSet
+from tests.worker.scripted_engine import ScriptedEngine, ScriptedSet
 
 
 def scripted_command(sweep_s: float = 0.002) -> tuple[str, ...]:
@@ -17,10 +17,11 @@ def scripted_command(sweep_s: float = 0.002) -> tuple[str, ...]:
 
 
 def main(sweep_s: str, *arguments: str) -> int:
-    def opener(order: Open, progress: Progress) -> LocalEngine:
+    def opener(order: Open, progress: Progress) -> EngineSet:
         progress("build", 1, 2)
         assert "torch" not in sys.modules
-        return ScriptedEngine(order.engine.max_sequences, float(sweep_s))
+        names = [model.name for model in order.models]
+        return ScriptedSet({name: ScriptedEngine(order.engine.max_sequences, float(sweep_s)) for name in names})
 
     return engine_child.main(arguments, opener)
 

@@ -188,6 +188,17 @@ class ScriptedEngine:
         return _finished(rider, reason, code, error)
 
 
+@dataclass
+class ScriptedSet:
+    """Scripted engines that are closed together."""
+
+    engines: dict[str, ScriptedEngine]
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
+
+
 def _finished(
     rider: _Sequence, reason: FinishReason, code: str | None = None, error: str | None = None
 ) -> SequenceFinished:

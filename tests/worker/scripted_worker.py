@@ -1,21 +1,26 @@
 """A real worker process around the scripted engine: ``python -m tests.worker.scripted_worker MODEL URL [options]``.
 
-The worker speaks to the narrow interface alone, so torch is not loaded, and processes start in a fraction of the time.
-With the isolation ``child`` the scripted engine is in a process of its own (`scripted_child`).
+MODEL may be several, separated by commas. The worker speaks to the narrow interface alone, so torch is not loaded, and
+processes start in a fraction of the time. With the isolation ``child`` the scripted engine is in a process of its own
+(`scripted_child`).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
-from lamella_worker.child_engine import ChildEngine
+from lamella_worker.child_host import ChildHost
 from lamella_worker.config import load_config
 from lamella_worker.device import pin_device
+from lamella_worker.engine_port import EngineHost, ServedModel
+from lamella_worker.local_host import LocalHost
 from lamella_worker.log_setup import set_up_logging
-from lamella_worker.process import serve_engine
+from lamella_worker.process import WorkerProcess, admitted_models
+from lamella_worker.serving import Serving
 from lamella_worker.supervisor import EngineSpec
 from tests.worker.scripted_child import scripted_command
-from tests.worker.scripted_engine import ScriptedEngine
+from tests.worker.scripted_engine import ScriptedEngine, ScriptedSet
 
 
 def main(
@@ -24,7 +29,7 @@ def main(
     assert "torch" not in sys.modules
     set_up_logging(is_verbose=False)
     flags: dict[str, object] = {
-        "worker.model": model,
+        "worker.models": tuple(model.split(",")),
         "worker.device": "cpu",
         "worker.name": name,
         "worker.lease_s": float(lease_s),
@@ -38,10 +43,16 @@ def main(
         flags[key] = float(value) if "." in value else int(value)
     config = load_config(None, flags, environ={})
     device = pin_device("cpu")
-    if isolation == "none":
-        return serve_engine(ScriptedEngine(int(slots), float(sweep_s)), config, device)
-    spec = EngineSpec(model, config.engine, device.engine_device, scripted_command(float(sweep_s)))
-    return serve_engine(ChildEngine.open(spec, config.worker), config, device)
+
+    def open_host(models: tuple[ServedModel, ...], is_called_off: Callable[[], bool]) -> EngineHost:
+        if isolation == "none":
+            names = [model.name for model in models]
+            return LocalHost(ScriptedSet({name: ScriptedEngine(int(slots), float(sweep_s)) for name in names}))
+        spec = EngineSpec(models, config.engine, device.engine_device, scripted_command(float(sweep_s)))
+        return ChildHost.open(spec, config.worker, is_called_off)
+
+    serving = Serving(admitted_models(config, config.worker.served), open_host)
+    return WorkerProcess(serving, config, device).run()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from kombu.transport.redis import Channel
 
 from lamella_worker.app import VISIBILITY_TIMEOUT_S, broker_url, make_app
 from lamella_worker.config import load_config
+from lamella_worker.model_slots import ModelSlots
 from lamella_worker.reconciler import Reconciler
 from lamella_worker.registry import Registry, open_redis
+from lamella_worker.subscriptions import Subscriptions
 from lamella_worker.transport import NAME, Transport
 
 
@@ -19,7 +21,8 @@ def app_for(url: str, registry: Registry, prefix: str = "p:"):  # type: ignore[n
     flags: dict[str, object] = {"worker.model": "owner/name", "redis.url": url, "redis.prefix": prefix}
     config = load_config(None, {**flags, "engine.max_sequences": 5}, environ={})
     client = open_redis("redis://127.0.0.1:1/0", 1.0)
-    return make_app(config, Reconciler(client, registry, "w", 10.0))
+    served = Subscriptions(lambda: config.worker.served, config.slots)
+    return make_app(config, Reconciler(client, registry, "w", 10.0), served, ModelSlots(config.slots))
 
 
 @pytest.mark.parametrize(

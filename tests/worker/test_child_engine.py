@@ -33,7 +33,7 @@ def test_it_serves_as_an_engine_in_this_process_does(opened: Opener) -> None:
     counters = driven.engine.counters()
     assert (counters.tokens, counters.running) == (60, 0)
     assert counters.last_sweep_at is not None
-    assert driven.engine.state.restarts == 0
+    assert driven.host.state.restarts == 0
 
 
 def test_a_sequence_that_the_engine_refuses_is_refused_with_its_code(opened: Opener) -> None:
@@ -72,7 +72,7 @@ def test_events_that_nobody_takes_stall_the_sweeps_and_are_not_lost(opened: Open
 
     assert 0 < seen < 20
     assert driven.text("a") == scripted_text("hello", 200)
-    assert driven.engine.state.restarts == 0, "an engine that waits for its consumer is not hung"
+    assert driven.host.state.restarts == 0, "an engine that waits for its consumer is not hung"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -99,7 +99,7 @@ def test_a_process_that_dies_ends_its_sequences_after_their_events_and_another_t
     assert driven.run("c") == scripted_text("hello", 5)
     after = driven.engine.counters()
     assert after.tokens == before.tokens + 5, "totals go on"
-    assert (driven.engine.state.restarts, driven.engine.state.trouble) == (1, finished.error)
+    assert (driven.host.state.restarts, driven.host.state.trouble) == (1, finished.error)
 
 
 def test_a_process_that_was_killed_from_outside_comes_back_with_half_the_batch_and_others_do_not(
@@ -111,9 +111,9 @@ def test_a_process_that_was_killed_from_outside_comes_back_with_half_the_batch_a
     for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGKILL, signal.SIGKILL):
         pid = driven.pid()
         os.kill(pid, number)
-        wait_until(lambda pid=pid: driven.engine.state.pid not in (pid, None))
+        wait_until(lambda pid=pid: driven.host.state.pid not in (pid, None))
         driven.pid()
-        sizes.append((driven.engine.facts.max_sequences, driven.engine.state.max_sequences))
+        sizes.append((driven.engine.facts.max_sequences, driven.host.state.max_sequences))
 
     assert sizes == [(2, 2), (2, 2), (1, 1), (1, 1)]
 
@@ -130,7 +130,7 @@ def test_a_process_that_hangs_in_a_sweep_is_killed_and_another_takes_over(opened
     assert "hung" in (finished.error or "")
     assert time.monotonic() - began < 30
     assert text == scripted_text("hello", 5)
-    assert driven.engine.state.restarts == 1
+    assert driven.host.state.restarts == 1
     assert driven.engine.facts.max_sequences == 8, "a hang says nothing of memory"
 
 
@@ -141,9 +141,9 @@ def test_an_engine_whose_device_is_lost_is_opened_anew(opened: Opener) -> None:
     finished = wait_until(lambda: driven.finished("a"))
 
     assert "illegal memory access" in (finished.error or "")
-    wait_until(lambda: driven.engine.state.restarts == 1)
+    wait_until(lambda: driven.host.state.restarts == 1)
     assert driven.run("b") == scripted_text("hello", 5)
-    assert "the device failed and is lost" in (driven.engine.state.trouble or "")
+    assert "the device failed and is lost" in (driven.host.state.trouble or "")
 
 
 def test_an_engine_whose_sweeps_fail_now_and_then_stays_and_one_that_only_fails_is_opened_anew(opened: Opener) -> None:
@@ -152,12 +152,12 @@ def test_an_engine_whose_sweeps_fail_now_and_then_stays_and_one_that_only_fails_
     for name in ("a", "b"):
         driven.run(name)
     assert driven.run("c") == scripted_text("hello", 5)
-    assert driven.engine.state.restarts == 0
+    assert driven.host.state.restarts == 0
     for name in ("d", "e", "f"):
         driven.run(name)
 
-    wait_until(lambda: driven.engine.state.restarts == 1)
-    assert "3 sweeps in a row failed" in (driven.engine.state.trouble or "")
+    wait_until(lambda: driven.host.state.restarts == 1)
+    assert "3 sweeps in a row failed" in (driven.host.state.trouble or "")
 
 
 def test_a_process_that_dies_while_it_looks_at_a_sequence_fails_that_one(opened: Opener) -> None:
@@ -175,14 +175,14 @@ def test_a_process_that_dies_while_it_looks_at_a_sequence_fails_that_one(opened:
 def test_while_no_engine_is_open_a_sequence_is_not_looked_at(opened: Opener) -> None:
     driven = opened("open=hang#1", open_s=3.0)
     os.kill(driven.pid(), signal.SIGSEGV)
-    wait_until(lambda: not driven.engine.wait_ready(0.01))
+    wait_until(lambda: not driven.host.wait_ready(0.01))
 
     with pytest.raises(EngineAway):
         driven.submit("a")
 
     driven.pid()
-    assert "opening the model did not get on" in (driven.engine.state.trouble or "")
-    assert driven.engine.state.restarts == 2
+    assert "opening the model did not get on" in (driven.host.state.trouble or "")
+    assert driven.host.state.restarts == 2
     assert driven.run("a") == scripted_text("hello", 5)
 
 
@@ -197,8 +197,8 @@ def test_too_many_restarts_end_the_events_with_the_reason(opened: Opener) -> Non
     failure = wait_until(lambda: driven.failure)
     assert "ended 3 times within 600 s and is not started again" in str(failure)
     assert "exit code 3" in str(failure)
-    assert driven.engine.state.has_failed
-    assert not driven.engine.wait_ready(0.1)
+    assert driven.host.state.has_failed
+    assert not driven.host.wait_ready(0.1)
     with pytest.raises(EngineAway):
         driven.submit("late")
 

@@ -57,7 +57,7 @@ def test_signals_that_stop_a_service_are_left_to_the_worker(opened: Opener) -> N
     length = len(driven.text("a"))
 
     wait_until(lambda: len(driven.text("a")) > length + 100)
-    assert driven.engine.state.restarts == 0
+    assert driven.host.state.restarts == 0
 
 
 def test_the_process_does_not_learn_the_servers_password(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,12 +74,14 @@ def test_the_process_dies_with_the_worker_whatever_it_does(tmp_path: Path, state
     program = textwrap.dedent("""
         import sys, threading
         from lamella_worker.config import load_config
-        from lamella_worker.child_engine import ChildEngine
+        from lamella_worker.child_host import ChildHost
+        from lamella_worker.engine_port import ServedModel
         from lamella_worker.supervisor import EngineSpec
         from tests.worker.scripted_child import scripted_command
 
         config = load_config(None, {"worker.model": "tiny"}, environ={})
-        engine = ChildEngine(EngineSpec("tiny", config.engine, "cpu", scripted_command()), config.worker)
+        models = (ServedModel("tiny", "tiny"),)
+        engine = ChildHost(EngineSpec(models, config.engine, "cpu", scripted_command()), config.worker)
         engine._supervisor.start()
         while sys.argv[1] != "opening" and not engine.wait_ready(1.0): pass
         while engine.state.pid is None: pass

@@ -45,6 +45,7 @@ from lamella_worker.engine_messages import (
     encode,
     plain,
 )
+from lamella_worker.engine_port import ServedModel
 
 COUNTERS = EngineCounters(
     running=1, waiting=2, sweeps=3, tokens=4, streamed_bytes=5, peak_rss_bytes=6, last_sweep_at=7.5, read_s=0.25,
@@ -63,21 +64,26 @@ EVENTS = (
     SequenceFinished("d", FinishReason.LENGTH, 1, 2, 3, 4, 0.5),
 )
 ORDERS: list[Order] = [
-    Open("owner/name@abcdef0", EngineTable(store=Path("/a b"), shared_memory=Path("/s"), kv_tokens=64), "cuda:0", 3),
-    Submit(1, REQUEST),
-    Submit(2, replace(REQUEST, messages=None, prompt_ids=(9, 8))),
-    Cancel("job.1"),
-    Taken(),
+    Open(
+        (ServedModel("owner/name", "owner/name@abcdef0", 2.0), ServedModel("b", "b")),
+        EngineTable(store=Path("/a b"), shared_memory=Path("/s"), kv_tokens=64),
+        "cuda:0",
+        3,
+    ),
+    Submit("b", 1, REQUEST),
+    Submit("b", 2, replace(REQUEST, messages=None, prompt_ids=(9, 8))),
+    Cancel("b", "job.1"),
+    Taken("b"),
     Close(),
 ]
 REPORTS: list[Report] = [
     Progress("build", 1, 2),
-    Opened(EngineFacts("m", "llama", "float32", "cpu", 4, 512, 1 << 40, 8)),
+    Opened({"b": EngineFacts("m", "llama", "float32", "cpu", 4, 512, 1 << 40, 8)}),
     Refused("no", True),
-    Answer(1),
-    Answer(2, "prompt_too_long", "shorten it"),
-    Sweep(EVENTS, COUNTERS),
-    Beat(COUNTERS, True),
+    Answer("b", 1),
+    Answer("b", 2, "prompt_too_long", "shorten it"),
+    Sweep("b", EVENTS, COUNTERS),
+    Beat("b", COUNTERS, True),
     Broken("gone"),
 ]
 

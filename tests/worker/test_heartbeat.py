@@ -11,11 +11,15 @@ import redis
 from lamella.keys import WORKER_TTL_S, Keys
 from lamella.messages import ModelInfo, WorkerInfo
 from lamella_engine.sequence_types import EngineCounters, EngineFacts
+from lamella_worker.engine_port import ServedModel
 from lamella_worker.health import check_health
 from lamella_worker.heartbeat import Heartbeat, WorkerFacts
 from lamella_worker.job_table import JobTable
+from lamella_worker.local_host import LocalHost
 from lamella_worker.running_job import RunningJob
+from lamella_worker.serving import Serving
 from tests.waiting import wait_until
+from tests.worker.scripted_engine import ScriptedEngine, ScriptedSet
 
 FACTS = EngineFacts("served", "llama", "float32", "cpu", 4, 512, 1000, 8)
 
@@ -26,8 +30,28 @@ def counters(last_sweep_at: float | None) -> EngineCounters:
     )
 
 
-def facts(table: JobTable, last_sweep_at: float | None = None) -> WorkerFacts:
-    return WorkerFacts("w1", "owner/name", "cpu", lambda: FACTS, lambda: counters(last_sweep_at), table)
+class ToldEngine(ScriptedEngine):
+    """A scripted engine with figures of its own."""
+
+    def __init__(self, last_sweep_at: float | None) -> None:
+        self._told = counters(last_sweep_at)
+        super().__init__()
+
+    @property
+    def facts(self) -> EngineFacts:
+        return FACTS
+
+    def counters(self) -> EngineCounters:
+        return self._told
+
+
+def facts(table: JobTable, last_sweep_at: float | None = None, *models: str) -> WorkerFacts:
+    """What a worker tells whose engines are closed again, so that nothing is left behind."""
+    names = models or ("owner/name",)
+    opened = ScriptedSet({name: ToldEngine(last_sweep_at) for name in names})
+    serving = Serving([ServedModel(name, name) for name in names], lambda models, is_called_off: LocalHost(opened))
+    opened.close()
+    return WorkerFacts("w1", "cpu", serving, table)
 
 
 def worker_info(**changes: object) -> WorkerInfo:

@@ -23,6 +23,8 @@ from lamella.messages import GenerateRequest
 from lamella.queue_calls import serve_call
 from lamella.registry_calls import cancel_call, submit_call
 from lamella.tracing import stop_tracing, submission, use_tracing
+from lamella_worker.child_engine import ChildEngine
+from lamella_worker.child_host import ChildHost
 from lamella_worker.config import WorkerConfig
 from lamella_worker.job_table import JobTable
 from lamella_worker.job_traces import MAX_PREFILL_EVENTS, JobTraces
@@ -35,11 +37,23 @@ from tests.worker.conftest import MODEL, Jobs
 from tests.worker.driven_engine import Opener
 
 
+class HostOf:
+    """What a host's engines are to a session."""
+
+    def __init__(self, host: ChildHost) -> None:
+        self._host = host
+        self.wait_ready = host.wait_ready
+
+    def find(self, model: str) -> ChildEngine | None:
+        return self._host.engines.get(model)
+
+
 class Traced:
     """A session around an engine process, and the spans that it and the submits make."""
 
-    def __init__(self, session: Session, jobs: Jobs, exporter: InMemorySpanExporter) -> None:
+    def __init__(self, session: Session, engine: ChildEngine, jobs: Jobs, exporter: InMemorySpanExporter) -> None:
         self.session = session
+        self.engine = engine
         self.jobs = jobs
         self._exporter = exporter
 
@@ -60,15 +74,15 @@ def traced(opened: Opener, registry: Registry, config: WorkerConfig, jobs: Jobs)
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     use_tracing(provider)
-    engine = opened(takes=False).engine
+    driven = opened(takes=False)
     watch = JobTraces(provider, MODEL, "w1")
     table = JobTable()
-    session = Session(engine, registry, table, config, "w1", engine.wait_ready, watch)
-    publisher = Publisher(engine, table, session.delivery, lambda has_failed: session.give_up(), watch)
+    session = Session(HostOf(driven.host), registry, table, config, "w1", watch)
+    publisher = Publisher(driven.engine, table, session.delivery, lambda has_failed: session.give_up(), watch, MODEL)
     publisher.start()
-    yield Traced(session, jobs, exporter)
+    yield Traced(session, driven.engine, jobs, exporter)
     session.give_up()
-    engine.close()
+    driven.host.close()
     publisher.join(40)
     stop_tracing()
     provider.shutdown()
@@ -106,8 +120,7 @@ def test_a_long_prompt_is_told_in_few_events(traced: Traced) -> None:
     trace = traced.submit("j", "slow one")
     task = threading.Thread(target=traced.session.run, args=("j", trace))
     task.start()
-    sweeps = traced.session._engine
-    wait_until(lambda: sweeps.counters().sweeps > 2 * MAX_PREFILL_EVENTS)
+    wait_until(lambda: traced.engine.counters().sweeps > 2 * MAX_PREFILL_EVENTS)
 
     traced.session.begin_drain()
     task.join(40)

@@ -22,6 +22,7 @@ from lamella_worker.session import Session, Verdict
 from tests.scrape import Scrape
 from tests.waiting import wait_until
 from tests.worker.conftest import MODEL, Jobs
+from tests.worker.one_model import OneModel
 from tests.worker.scripted_engine import ScriptedEngine
 
 
@@ -49,8 +50,8 @@ def watch(registry: Registry, config: WorkerConfig) -> Iterator[Watch]:
         prometheus = CollectorRegistry()
         watchers = JobWatchers([*others, JobMetrics(prometheus, MODEL)])
         engine, table = ScriptedEngine(), JobTable()
-        session = Session(engine, registry, table, config, "w1", watch=watchers)
-        publisher = Publisher(engine, table, session.delivery, lambda has_failed: session.give_up(), watchers)
+        session = Session(OneModel(engine), registry, table, config, "w1", watch=watchers)
+        publisher = Publisher(engine, table, session.delivery, lambda has_failed: session.give_up(), watchers, MODEL)
         publisher.start()
         stops.extend([lambda: publisher.join(40), engine.close, session.give_up])
         return Watching(session, engine, prometheus)

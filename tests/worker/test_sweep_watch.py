@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from lamella_engine.sequence_types import EngineCounters
 from lamella_worker.sweep_watch import SLOWEST_BYTES_PER_S, SweepWatch
+from lamella_worker.turns_watch import TurnsWatch
 
 BUSY = EngineCounters(running=2, waiting=0, sweeps=0, tokens=0, streamed_bytes=0, peak_rss_bytes=0, last_sweep_at=None)
 IDLE = replace(BUSY, running=0)
 FLOOR_S, SWEEPS = 10.0, 20.0
 
 
-def watch(size_bytes: int = 0) -> SweepWatch:
-    return SweepWatch(FLOOR_S, SWEEPS, size_bytes, 0.0)
+class Alone:
+    """The watch of a process that has one engine."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._sweeps = SweepWatch(FLOOR_S, SWEEPS, size_bytes, 0.0)
+        self._turns = TurnsWatch({"m": self._sweeps})
+        self.hear = partial(self._turns.hear, "m")
+        self.forgive, self.complaint = self._turns.forgive, self._turns.complaint
+
+    @property
+    def deadline_s(self) -> float:
+        return self._sweeps.deadline_s
+
+
+def watch(size_bytes: int = 0) -> Alone:
+    return Alone(size_bytes)
 
 
 def after_sweeps(num_sweeps: int, seconds_each: float) -> EngineCounters:

@@ -2,7 +2,7 @@
 
 Owns every Celery setting, because each of them was chosen against a fault: messages are acknowledged after the work,
 redelivered within seconds, carry an id only, and never leave a result. Knows nothing of engines; `tasks` adds the one
-task, `lease` and `reconciler` are its consumer's timers.
+task, `lease`, `reconciler` and `subscriptions` are its consumer's timers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import ssl
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from celery import Celery
-from kombu.entity import Queue
 
 from lamella.keys import queue_name
 from lamella.server_url import TLS_FILES
@@ -19,17 +18,19 @@ from lamella_worker import transport
 from lamella_worker.config import WorkerConfig
 from lamella_worker.flower_info import FlowerInfo
 from lamella_worker.lease import DeliveryLease
+from lamella_worker.model_slots import ModelSlots, celery_concurrency
 from lamella_worker.reconciler import Reconciler, ReconcilerStep
 from lamella_worker.remote_control import LookOnlyNode
+from lamella_worker.subscriptions import Subscriptions, SubscriptionStep, make_queue
 
 VISIBILITY_TIMEOUT_S = 60  # renewed each third of it by `lease`; a dead worker's deliveries come back after it
 BROKER_TIMEOUT_S = 30
 
 
-def make_app(config: WorkerConfig, reconciler: Reconciler) -> Celery:
-    """Return the Celery app of one worker, consuming its model's queue only."""
+def make_app(config: WorkerConfig, reconciler: Reconciler, subscriptions: Subscriptions, slots: ModelSlots) -> Celery:
+    """Return the Celery app of one worker, consuming the queues of the models that it starts with."""
     app = Celery("lamella", set_as_current=False)
-    queue = queue_name(config.worker.model)
+    queues = [queue_name(model) for model in config.worker.served]
     url = config.redis.url.get_secret_value()
     app.conf.update(
         broker_url=broker_url(url, transport.NAME),
@@ -41,10 +42,10 @@ def make_app(config: WorkerConfig, reconciler: Reconciler) -> Celery:
         task_reject_on_worker_lost=True,
         task_serializer="json",
         accept_content=["json"],
-        task_queues=[Queue(queue, routing_key=queue)],  # type: ignore[no-untyped-call]  # kombu has few types
-        task_default_queue=queue,
+        task_queues=[make_queue(queue) for queue in queues],
+        task_default_queue=queues[0],
         worker_pool="threads",
-        worker_concurrency=config.slots,
+        worker_concurrency=celery_concurrency(config.slots, len(queues)),
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
@@ -62,11 +63,13 @@ def make_app(config: WorkerConfig, reconciler: Reconciler) -> Celery:
             "socket_connect_timeout": BROKER_TIMEOUT_S,
             "socket_keepalive": True,
             "health_check_interval": 15,
+            transport.FULL_QUEUES: slots.full,
         },
     )
+    app.lamella_subscriptions = subscriptions
     app.lamella_reconciler = reconciler
     app.control.mailbox.node_cls = LookOnlyNode
-    app.steps["consumer"].update({DeliveryLease, FlowerInfo, ReconcilerStep})
+    app.steps["consumer"].update({DeliveryLease, FlowerInfo, ReconcilerStep, SubscriptionStep})
     return app
 
 

@@ -1,9 +1,9 @@
-"""An engine in a process of its own, with the shape of an engine in this one.
+"""An engine in another process, with the shape of an engine in this one.
 
 Owns what is known here of that engine's sequences: those that live, calls that wait for an answer, events that wait to
 be taken, totals over all its processes. When a process is lost, its sequences end with an engine's error, after the
 last events that reached the worker; their jobs are then given back and resumed like after any failed sweep.
-`supervisor` keeps the process running.
+`child_host` has one for each model, `supervisor` keeps the process running.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from typing import NamedTuple
 
 from lamella_engine.errors import EngineClosed, EngineError, SequenceError
@@ -27,20 +26,14 @@ from lamella_engine.sequence_types import (
     SweepEvents,
 )
 from lamella_worker.channel import ChannelBroken
-from lamella_worker.config import WorkerTable
 from lamella_worker.engine_messages import Answer, Beat, Cancel, Submit, Sweep, Taken
 from lamella_worker.engine_port import CREDIT, ENGINE_ERROR, EngineAway
-from lamella_worker.engine_process import KILL_S, EngineProcess
-from lamella_worker.supervisor import ChildState, EngineSpec, Supervisor
-from lamella_worker.worker_error import WorkerError
+from lamella_worker.engine_process import EngineProcess
+from lamella_worker.engine_totals import NO_COUNTERS, ended, summed
+from lamella_worker.supervisor import Supervisor
 
 SUBMIT_S = 300.0  # for tokenising the longest prompt on a busy host
-STOP_S = 2 * KILL_S
 _LOOK_S = 0.5
-_NO_COUNTERS = EngineCounters(
-    running=0, waiting=0, sweeps=0, tokens=0, streamed_bytes=0, peak_rss_bytes=0, last_sweep_at=None
-)
-_OF_NOW = ("running", "waiting", "batch_limit", "kv_blocks", "kv_blocks_used")  # the other figures are totals
 
 
 class _Batch(NamedTuple):
@@ -61,36 +54,18 @@ class _Call:
 
 
 class ChildEngine:
-    """The engine of a worker, in a child process that is started again when it dies; closed by its owner."""
+    """One engine of a process that `supervisor` starts again when it dies."""
 
-    def __init__(self, spec: EngineSpec, limits: WorkerTable) -> None:
-        self._supervisor = Supervisor(spec, limits, self)
+    def __init__(self, model: str, supervisor: Supervisor) -> None:
+        self._model = model
+        self._supervisor = supervisor
         self._changed = threading.Condition()
         self._batches: deque[_Batch] = deque()  # CREDIT of one process, and a last word of each lost one
         self._live: dict[str, None] = {}
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count(1)
-        self._past = self._now = _NO_COUNTERS
+        self._past = self._now = NO_COUNTERS
         self._closed = threading.Event()
-        self._stop_s = limits.drain_s / 4 + STOP_S
-
-    @classmethod
-    def open(cls, spec: EngineSpec, limits: WorkerTable) -> ChildEngine:
-        """Start the process, and wait until its engine is open.
-
-        Raises:
-            WorkerError: it cannot open.
-        """
-        engine = cls(spec, limits)
-        engine._supervisor.start()
-        try:
-            while not engine.wait_ready(_LOOK_S):
-                if (failure := engine._supervisor.failure) is not None:
-                    raise WorkerError(failure)
-        except BaseException:
-            engine.close()
-            raise
-        return engine
 
     @property
     def facts(self) -> EngineFacts:
@@ -98,23 +73,12 @@ class ChildEngine:
         facts = self._supervisor.facts
         if facts is None:
             raise EngineAway("no engine has been opened yet")
-        return facts
-
-    @property
-    def state(self) -> ChildState:
-        """How the process stands."""
-        return self._supervisor.state
-
-    def wait_ready(self, timeout_s: float) -> bool:
-        """Wait until an engine is open; False if none is after `timeout_s` seconds, or none will be."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._supervisor.ready.is_set() or self._has_ended(), timeout_s)
-        return self._supervisor.ready.is_set()
+        return facts[self._model]
 
     def counters(self) -> EngineCounters:
         """Totals since the worker opened its first engine, as of the last report."""
         with self._changed:
-            return _sum(self._past, self._now)
+            return summed(self._past, self._now)
 
     def submit(self, request: SequenceRequest) -> None:
         """Take a sequence; waits for the process to have looked at it.
@@ -130,7 +94,7 @@ class ChildEngine:
             self._calls[number] = call
             self._live[request.sequence_id] = None
         try:
-            self._supervisor.tell(Submit(number, request))
+            self._supervisor.tell(Submit(self._model, number, request))
             deadline = time.monotonic() + SUBMIT_S
             while not call.is_answered.wait(_LOOK_S):
                 self._check_open()
@@ -155,7 +119,7 @@ class ChildEngine:
             if sequence_id not in self._live:
                 return
         with contextlib.suppress(EngineAway):  # lost with all its sequences
-            self._supervisor.tell(Cancel(sequence_id))
+            self._supervisor.tell(Cancel(self._model, sequence_id))
 
     def events(self, poll_s: float = 0.5) -> Iterator[SweepEvents]:
         """Yield each sweep's events, and an empty batch after `poll_s` seconds of silence, until the engine closes.
@@ -174,23 +138,16 @@ class ChildEngine:
                 continue
             if batch.process is not None:
                 with contextlib.suppress(EngineAway):
-                    batch.process.tell(Taken())
+                    batch.process.tell(Taken(self._model))
             yield batch.events
 
     def close(self) -> None:
-        """End the process, the polite way first; live sequences end without an event. Idempotent.
-
-        Raises:
-            EngineError: it does not end.
-        """
+        """Take no more, and end the events; `child_host` ends the process. Idempotent."""
         self._closed.set()
-        with self._changed:
-            self._changed.notify_all()
-        if not self._supervisor.stop(self._stop_s):
-            raise EngineError(f"the engine process did not end within {self._stop_s:.0f} s")
+        self.changed()
 
     def hear(self, process: EngineProcess, report: Answer | Sweep | Beat) -> None:
-        """Take note of a report; called by the supervisor, in the thread that reads."""
+        """Take note of a report about this engine, in the thread that reads."""
         with self._changed:
             match report:
                 case Answer():
@@ -208,7 +165,7 @@ class ChildEngine:
             self._changed.notify_all()
 
     def lost(self, why: str) -> None:
-        """Every sequence ends where its events end; called by the supervisor."""
+        """The process is gone: every sequence ends where its events end."""
         with self._changed:
             for call in self._calls.values():
                 call.why = why
@@ -216,15 +173,14 @@ class ChildEngine:
                 self._live.pop(call.sequence_id, None)  # told by the answer
             self._calls.clear()
             if self._live:
-                ended = tuple(_lost(sequence_id, why) for sequence_id in self._live)
-                self._batches.append(_Batch(SweepEvents(ended), None))
+                last_words = tuple(_lost(sequence_id, why) for sequence_id in self._live)
+                self._batches.append(_Batch(SweepEvents(last_words), None))
                 self._live.clear()
-            self._past = replace(_sum(self._past, self._now), **dict.fromkeys(_OF_NOW, 0))
-            self._now = _NO_COUNTERS
+            self._past, self._now = ended(summed(self._past, self._now)), NO_COUNTERS
             self._changed.notify_all()
 
     def changed(self) -> None:
-        """Wake those who wait; called by the supervisor."""
+        """Wake those who wait."""
         with self._changed:
             self._changed.notify_all()
 
@@ -252,18 +208,3 @@ class ChildEngine:
 
 def _lost(sequence_id: str, why: str) -> SequenceFinished:
     return SequenceFinished(sequence_id, FinishReason.ERROR, 0, 0, 0, 0, 0.0, ENGINE_ERROR, why)
-
-
-def _sum(past: EngineCounters, now: EngineCounters) -> EngineCounters:
-    """Totals of all processes: figures that count are added, of memory the peak counts."""
-    total = {
-        field.name: getattr(past, field.name) + getattr(now, field.name)
-        for field in fields(EngineCounters)
-        if field.name not in (*_OF_NOW, "peak_rss_bytes", "last_sweep_at")
-    }
-    return replace(
-        now,
-        peak_rss_bytes=max(past.peak_rss_bytes, now.peak_rss_bytes),
-        last_sweep_at=now.last_sweep_at or past.last_sweep_at,
-        **total,
-    )

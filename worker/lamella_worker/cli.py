@@ -28,7 +28,10 @@ EXIT_BAD_SETTING = 2
 log = logging.getLogger(__name__)
 
 app = typer.Typer(
-    name="worker", help="Serve one model from this host.", no_args_is_help=False, pretty_exceptions_enable=False
+    name="worker",
+    help="Serve one model from this host, or several in turns.",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
 )
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.")]
@@ -53,7 +56,7 @@ NameOption = Annotated[str | None, typer.Option("--name", help="The worker's nam
 def worker(  # noqa: PLR0913  a command has as many arguments as options
     context: typer.Context,
     config: ConfigOption = None,
-    model: Annotated[str | None, typer.Option("--model", help="The model to serve.")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help="The model to serve; given again, more.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda:N or auto.")] = None,
     store: Annotated[str | None, typer.Option("--store", help="Directory of the shard cache.")] = None,
     slots: Annotated[int | None, typer.Option("--slots", help="Jobs that share a sweep at most.")] = None,
@@ -75,11 +78,12 @@ def worker(  # noqa: PLR0913  a command has as many arguments as options
     log_format: Annotated[str | None, typer.Option("--log-format", help="text or json.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
 ) -> None:
-    """Serve one model from this host until SIGTERM; every option beats the settings file."""
+    """Serve one model from this host, or several in turns, until SIGTERM; every option beats the settings file."""
     if context.invoked_subcommand is not None:
         return
     flags: dict[str, object] = {
-        "worker.model": model,
+        "worker.model": model[0] if model and len(model) == 1 else None,
+        "worker.models": tuple(model) if model and len(model) > 1 else None,
         "worker.device": device,
         "worker.name": name,
         "worker.lease_s": lease_s,
@@ -97,7 +101,7 @@ def worker(  # noqa: PLR0913  a command has as many arguments as options
         "telemetry.log_format": log_format,
     }
     settings = _load(config, flags)
-    labels = ProcessLabels(settings.telemetry.log_format, settings.worker.name, settings.worker.model)
+    labels = ProcessLabels(settings.telemetry.log_format, settings.worker.name, ",".join(settings.worker.served))
     set_up_logging(is_verbose=verbose, labels=labels)
     raise typer.Exit(_serve(settings))
 
@@ -134,7 +138,8 @@ def _serve(config: WorkerConfig) -> int:
         typer.echo(f"error: {error}", err=True)
         return EXIT_BAD_SETTING
     try:
-        config.security.admitted(config.worker.model)
+        for model in config.worker.served:
+            config.security.admitted(model)
         from lamella_worker.process import serve  # loads the engine's types, and then the engine
 
         return serve(config, device)

@@ -1,9 +1,9 @@
 """The worker's settings: one frozen value, read once when the process starts.
 
-Owns the tables ``[redis]``, ``[worker]`` and ``[engine]``, their defaults, and what makes a value unusable; the table
-``[telemetry]`` is in `telemetry_config`, ``[security]`` in `security_table`. A setting comes from the command line,
-else the environment (`ENVIRONMENT`), else the file, else its default; secrets never from the command line. Opens no
-connection and loads no engine; `cli` reads it and hands it to everything else.
+Owns the tables ``[redis]`` and ``[engine]``, their defaults, and what makes a value unusable; the table ``[worker]`` is
+in `worker_table`, ``[telemetry]`` in `telemetry_config`, ``[security]`` in `security_table`. A setting comes from the
+command line, else the environment (`ENVIRONMENT`), else the file, else its default; secrets never from the command
+line. Opens no connection and loads no engine; `cli` reads it and hands it to everything else.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from lamella.errors import ConfigError
 from lamella.keep_time import KEEP_VARIABLE
 from lamella.key_ring import KEYS_VARIABLE
 from lamella.keys import DEFAULT_PREFIX
-from lamella.messages import check_model_name
 from lamella.secret_sources import secret_from, with_password
 from lamella.server_url import tls_complaint
 from lamella_worker.security_table import SecurityTable
 from lamella_worker.telemetry_config import TelemetryTable
+from lamella_worker.worker_table import NO_MODEL, WorkerTable
 
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
 DEFAULT_STORE = "~/.cache/lamella/shards"
@@ -47,6 +47,7 @@ FLAGS = {
     "redis.url": "--redis-url",
     "redis.prefix": "--prefix",
     "worker.model": "--model",
+    "worker.models": "--model",
     "worker.device": "--device",
     "worker.name": "--name",
     "worker.lease_s": "--lease-s",
@@ -68,8 +69,7 @@ ENVIRONMENT = {
     "security.encryption_keys_file": KEYS_VARIABLE,
 }
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", re.ASCII)
-_DEVICE = re.compile(r"auto|cpu|cuda:\d{1,3}", re.ASCII)
+_EITHER = {"worker.model": "models", "worker.models": "model"}  # each takes the place of the other
 _BUDGET = re.compile(r"auto|\d+(\.\d+)?\s*([kmgt]?i?b|%)|\d+", re.ASCII | re.IGNORECASE)
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}", re.ASCII)
 
@@ -138,54 +138,6 @@ class RedisTable(_Table):
         return value
 
 
-class WorkerTable(_Table):
-    """What this worker serves and how it holds its jobs."""
-
-    model: str = Field(description="the model this worker serves: name, owner/name or owner/name@revision")
-    device: str = Field(default="auto", description="cpu, cuda:N (N counts from 0), or auto")
-    name: str | None = Field(
-        default=None, description="a name no other worker has: letters, digits and _ . -; default host-device-pid"
-    )
-    lease_s: float = Field(default=10.0, ge=0.5, le=3600.0, description="seconds a job stays ours between two signs")
-    drain_s: float = Field(default=20.0, ge=1.0, le=3600.0, description="seconds a stop by SIGTERM takes at most")
-    max_attempts: int = Field(default=3, ge=1, le=100, description="claims of a job before it fails")
-    isolation: Literal["child", "none"] = Field(
-        default="child", description="child runs the engine in a process of its own, none in the worker's"
-    )
-    hang_s: float = Field(
-        default=120.0, ge=0.5, le=86400.0, description="seconds a sweep may take at least before its process is killed"
-    )
-    hang_sweeps: float = Field(
-        default=20.0, ge=2.0, le=10000.0, description="times the longest sweep of late that a sweep may take"
-    )
-    open_s: float = Field(
-        default=14400.0, ge=1.0, le=604800.0, description="seconds that opening the model may go on without progress"
-    )
-    max_restarts: int = Field(
-        default=8, ge=0, le=1000, description="restarts of the engine's process within restart_window_s; then it ends"
-    )
-    restart_window_s: float = Field(default=600.0, ge=1.0, le=86400.0, description="the span that max_restarts is of")
-
-    @field_validator("model")
-    @classmethod
-    def _model_name(cls, value: str) -> str:
-        return check_model_name(value)
-
-    @field_validator("device")
-    @classmethod
-    def _usable_device(cls, value: str) -> str:
-        if not _DEVICE.fullmatch(value):
-            raise ValueError("it is neither cpu, cuda:N nor auto")
-        return value
-
-    @field_validator("name")
-    @classmethod
-    def _usable_name(cls, value: str | None) -> str | None:
-        if value is not None and not _NAME.fullmatch(value):
-            raise ValueError("it must start with a letter or digit, and be at most 100 letters, digits or any of _ . -")
-        return value
-
-
 class EngineTable(_Table):
     """The engine's dials; `max_sequences` is also the number of jobs taken at once."""
 
@@ -245,7 +197,7 @@ class WorkerConfig(_Table):
 
     @property
     def slots(self) -> int:
-        """Jobs this worker runs at once: Celery's concurrency and the engine's sequences are one number."""
+        """Jobs of a model that this worker runs at once: the sequences of the model's engine."""
         return self.engine.max_sequences
 
 
@@ -298,6 +250,8 @@ def _read_file(path: Path) -> dict[str, object]:
 def _merge(tables: dict[str, object], file: dict[str, object]) -> None:
     for table, section in file.items():
         below = tables.get(table)
+        if table == "worker" and isinstance(below, dict) and isinstance(section, dict) and "models" in section:
+            below = {key: value for key, value in below.items() if key != "model"}
         tables[table] = {**below, **section} if isinstance(below, dict) and isinstance(section, dict) else section
 
 
@@ -307,6 +261,8 @@ def _override(tables: dict[str, object], dotted: str, value: object, path: Path 
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: {table} is a value, but must be a table; write [{table}] on a line of its own")
     section[key] = value
+    if dotted in _EITHER:
+        section.pop(_EITHER[dotted], None)
 
 
 def _complete_url(tables: dict[str, object], env: Mapping[str, str]) -> None:
@@ -334,7 +290,7 @@ def _explain(detail: ErrorDetails, path: Path | None, origins: Mapping[str, str]
     place = origins.get(dotted, default_place)
     if detail["type"] == "extra_forbidden":
         return f"{place}: {dotted} is not a setting; {_nearest(dotted)}"
-    if dotted in ("worker", "worker.model") and detail["type"] == "missing":
+    if dotted == "worker" and detail["type"] in ("missing", NO_MODEL):
         return f'{place}: worker.model is not set; give --model NAME, or write model = "NAME" under [worker]'
     why = detail["msg"].removeprefix("Value error, ")
     why = why[:1].lower() + why[1:] if why.startswith("Input") else why

@@ -1,6 +1,6 @@
 """The engine process: ``python -m lamella_worker.engine_child FD PARENT LEVEL LABELS``, started by the worker alone.
 
-Owns this process: its end with the worker's, its signals, opening the engine, the exit code. It pins no device, the
+Owns this process: its end with the worker's, its signals, opening the engines, the exit code. It pins no device, the
 worker has done so in the environment that both share. It ignores the signals that stop a worker, because a stop is the
 worker's to carry out, and a service manager sends them to every process of a service.
 """
@@ -23,7 +23,7 @@ from lamella_engine.errors import EngineError
 from lamella_engine.progress import Progress as Progressing
 from lamella_worker.channel import Channel, ChannelBroken
 from lamella_worker.engine_messages import Open, Opened, Progress, Refused, Report, decode_order, encode, plain
-from lamella_worker.engine_port import LocalEngine
+from lamella_worker.engine_port import EngineSet
 from lamella_worker.engine_server import EngineServer
 from lamella_worker.failpoints import Failpoints
 from lamella_worker.log_context import ProcessLabels
@@ -38,11 +38,11 @@ REPORT_EVERY_S = 0.25
 CLOSE_S = 30.0  # after the worker is gone; a worker that lives has a shorter deadline of its own
 _PR_SET_PDEATHSIG = 1
 
-Opener = Callable[[Open, Progressing], LocalEngine]
+Opener = Callable[[Open, Progressing], EngineSet]
 
 
 def main(arguments: Sequence[str], opener: Opener | None = None) -> int:
-    """Open the engine that the first message orders, and serve it until the worker is done with it."""
+    """Open the engines that the first message orders, and serve them until the worker is done with them."""
     descriptor, parent, level, labels = arguments
     _end_with(int(parent))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str], opener: Opener | None = None) -> int:
     end.set_inheritable(False)
     channel = Channel(end)
     try:
-        return _serve(channel, opener or _open_engine)
+        return _serve(channel, opener or _open_engines)
     finally:
         channel.close()
 
@@ -70,29 +70,31 @@ def _serve(channel: Channel, opener: Opener) -> int:
         return EXIT_REFUSED
     try:
         failpoints.hit("open")
-        engine = opener(order, _Reporter(channel))
+        opened = opener(order, _Reporter(channel))
     except WorkerError as error:
         _tell(channel, Refused(plain(str(error)), error.is_out_of_memory))
         return EXIT_REFUSED
     except MemoryError as error:
-        message = f"cannot serve {order.model}: the host's memory is too short ({error})"
+        names = ", ".join(model.name for model in order.models)
+        message = f"cannot serve {names}: the host's memory is too short ({error})"
         _tell(channel, Refused(plain(message), is_out_of_memory=True))
         return EXIT_REFUSED
     if failpoints.has("sweep"):
-        engine.before_sweep = lambda: failpoints.hit("sweep")
+        for engine in opened.engines.values():
+            engine.before_sweep = lambda: failpoints.hit("sweep")
     try:
-        _tell(channel, Opened(engine.facts))
-        EngineServer(engine, channel, failpoints, _end_broken).serve()
+        _tell(channel, Opened({name: engine.facts for name, engine in opened.engines.items()}))
+        EngineServer(opened.engines, channel, failpoints, _end_broken).serve()
     finally:
-        _close(engine)
+        _close(opened)
     return 0
 
 
-def _open_engine(order: Open, report: Progressing) -> LocalEngine:
-    from lamella_worker.open_engine import open_engine  # loads torch
+def _open_engines(order: Open, report: Progressing) -> EngineSet:
+    from lamella_worker.open_engine import open_engines  # loads torch
 
     adopt_library_logs()
-    return open_engine(order.model, order.engine, order.device, report)
+    return open_engines(order.models, order.engine, order.device, report)
 
 
 class _Reporter:
@@ -134,14 +136,14 @@ def _end_broken(why: str) -> None:
     os._exit(EXIT_BROKEN)
 
 
-def _close(engine: LocalEngine) -> None:
+def _close(opened: EngineSet) -> None:
     late = threading.Timer(CLOSE_S, os._exit, (1,))
     late.daemon = True
     late.start()
     try:
-        engine.close()
+        opened.close()
     except EngineError:
-        log.exception("the engine did not close in time")
+        log.exception("the engines did not close in time")
     finally:
         late.cancel()
 

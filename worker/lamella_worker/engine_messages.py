@@ -25,13 +25,14 @@ from lamella_engine.sequence_types import (
 )
 from lamella_worker.channel import ChannelBroken
 from lamella_worker.config import EngineTable
+from lamella_worker.engine_port import ServedModel
 
 
 @dataclass(frozen=True)
 class Open:
-    """Open the engine; `child` counts the engine processes of this worker from 0."""
+    """Open the engines; `child` counts the engine processes of this worker from 0."""
 
-    model: str
+    models: tuple[ServedModel, ...]
     # Strict types take a path from JSON as text only, but the table's own check has made it one by then.
     engine: Annotated[EngineTable, PlainValidator(EngineTable.model_validate)]
     device: str
@@ -41,8 +42,9 @@ class Open:
 
 @dataclass(frozen=True)
 class Submit:
-    """Take a sequence; the answer has the same `call`."""
+    """Take a sequence; the answer has the same `model` and `call`."""
 
+    model: str
     call: int
     request: SequenceRequest
     kind: Literal["submit"] = "submit"
@@ -52,20 +54,22 @@ class Submit:
 class Cancel:
     """End a sequence at the next sweep boundary."""
 
+    model: str
     sequence_id: str
     kind: Literal["cancel"] = "cancel"
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One sweep's events have been taken, so there is room for those of another."""
+    """The events of one of the model's sweeps have been taken, so there is room for those of another."""
 
+    model: str
     kind: Literal["taken"] = "taken"
 
 
 @dataclass(frozen=True)
 class Close:
-    """Close the engine and end."""
+    """Close the engines and end."""
 
     kind: Literal["close"] = "close"
 
@@ -82,15 +86,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Opened:
-    """The engine is open."""
+    """The engines are open; their facts by model."""
 
-    facts: EngineFacts
+    facts: Mapping[str, EngineFacts]
     kind: Literal["opened"] = "opened"
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The engine cannot be opened; the process ends."""
+    """The engines cannot be opened; the process ends."""
 
     message: str
     is_out_of_memory: bool
@@ -101,6 +105,7 @@ class Refused:
 class Answer:
     """What became of a submit; `code` is None where the sequence was taken."""
 
+    model: str
     call: int
     code: str | None = None
     message: str = ""
@@ -124,8 +129,9 @@ Event = Annotated[
 
 @dataclass(frozen=True)
 class Sweep:
-    """What one sweep produced, and the engine's totals after it; `sweep_seconds` as in SweepEvents."""
+    """What one sweep produced, and its engine's totals after it; `sweep_seconds` as in SweepEvents."""
 
+    model: str
     events: tuple[Event, ...]
     counters: EngineCounters
     sweep_seconds: tuple[float, ...] = ()
@@ -134,8 +140,9 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Beat:
-    """A sign of life; `is_stalled` says that the engine waits for its events to be taken."""
+    """A sign of life of one engine; `is_stalled` says that it waits for its events to be taken."""
 
+    model: str
     counters: EngineCounters
     is_stalled: bool
     kind: Literal["beat"] = "beat"
@@ -143,7 +150,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Broken:
-    """The engine cannot go on in this process, which ends."""
+    """An engine cannot go on in this process, which ends."""
 
     message: str
     kind: Literal["broken"] = "broken"

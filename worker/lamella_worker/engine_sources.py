@@ -1,4 +1,4 @@
-"""Where figures about this worker's engine come from: asked at every look, by Flower's step and by metrics."""
+"""Where figures about this worker's engines come from: asked at every look, by Flower's step and by metrics."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lamella_engine.sequence_types import EngineCounters, PlanFacts
 
 @dataclass(frozen=True)
 class EngineSources:
-    """Three questions; each may be asked at any time, from any thread, and is answered at once."""
+    """Three questions, two of them about one model; each may be asked from any thread, and is answered at once."""
 
     info: Callable[[], WorkerInfo]
-    counters: Callable[[], EngineCounters]
-    plan: Callable[[], PlanFacts | None]
+    counters: Callable[[str], EngineCounters]
+    plan: Callable[[str], PlanFacts | None]

@@ -2,7 +2,7 @@
 
 Owns one step of the consumer that does nothing but answer. The app carries whom it asks as `lamella_sources`. Flower
 shows each entry of the statistics on a line of its own ("Other"), so device, model, plan and engine are one line each
-for people; under ``lamella`` is the heartbeat as data.
+for people, each with the model's name where there are several; under ``lamella`` is the heartbeat as data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import bootsteps
 
-from lamella.messages import WorkerInfo
+from lamella.messages import ModelInfo, WorkerInfo
 from lamella_engine.byte_size import byte_size
 from lamella_engine.sequence_types import EngineCounters, PlanFacts
 from lamella_worker.engine_sources import EngineSources
@@ -24,17 +24,16 @@ class FlowerInfo(bootsteps.StartStopStep):  # type: ignore[misc]  # celery publi
         """Return what the heartbeat tells, as plain data, and a line for each thing one looks for."""
         sources: EngineSources = consumer.app.lamella_sources
         info = sources.info()
-        return {
-            "lamella device": info.device,
-            "lamella model": _model(info),
-            "lamella plan": _plan(sources.plan()),
-            "lamella engine": _engine(info, sources.counters()),
-            "lamella": info.model_dump(mode="json"),
-        }
+        lines: dict[str, object] = {"lamella device": info.device}
+        for model in info.served:
+            which = "" if len(info.served) == 1 else f" {model.name}"
+            lines[f"lamella model{which}"] = _model(model)
+            lines[f"lamella plan{which}"] = _plan(sources.plan(model.name))
+            lines[f"lamella engine{which}"] = _engine(info, model, sources.counters(model.name))
+        return {**lines, "lamella": info.model_dump(mode="json")}
 
 
-def _model(info: WorkerInfo) -> str:
-    model = info.model
+def _model(model: ModelInfo) -> str:
     size = byte_size(model.size_bytes)
     return (
         f"{model.name}: {model.family}, {model.num_layers} layers, {size} as {model.dtype}, "
@@ -61,7 +60,7 @@ def _plan(plan: PlanFacts | None) -> str:
     )
 
 
-def _engine(info: WorkerInfo, counters: EngineCounters) -> str:
+def _engine(info: WorkerInfo, model: ModelInfo, counters: EngineCounters) -> str:
     process = info.engine_process
     state = "in this process" if process is None else f"{process.state}, restarted {process.restarts} times"
     sweeps = max(1, counters.sweeps)
@@ -69,7 +68,7 @@ def _engine(info: WorkerInfo, counters: EngineCounters) -> str:
     kept = counters.experts_in_vram + counters.experts_in_ram
     experts = f"; {kept / wanted:.0%} of experts were near" if wanted else ""
     return (
-        f"{state}; {counters.running} of {info.slots} sequences run, {counters.waiting} wait; "
+        f"{state}; {counters.running} of {model.slots} sequences run, {counters.waiting} wait; "
         f"{counters.sweeps} sweeps of {counters.sweep_s / sweeps:.4g} s, {counters.bubble_s / sweeps:.4g} s of them "
         f"waiting; {counters.tokens} tokens; a sweep used {byte_size(counters.disk_bytes // sweeps)} from disk, "
         f"{byte_size(counters.ram_bytes // sweeps)} from RAM, {byte_size(counters.vram_bytes // sweeps)} from VRAM; "

@@ -21,26 +21,24 @@ from redis.exceptions import RedisError
 from lamella.keys import HEARTBEAT_S, WORKER_TTL_S, Keys
 from lamella.messages import EngineProcessInfo, ModelInfo, WorkerInfo
 from lamella.queue_calls import serve_call
-from lamella_engine.sequence_types import EngineCounters, EngineFacts
+from lamella_worker.engine_port import ChildState
 from lamella_worker.job_table import JobTable
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
 from lamella_worker.scripts import load_scripts
+from lamella_worker.serving import Serving
 from lamella_worker.stoppable_thread import StoppableThread
 
 log = logging.getLogger(__name__)
 
 
 class WorkerFacts:
-    """Makes WorkerInfo from the engine's figures and the jobs at hand.
+    """Makes WorkerInfo from the engines' figures and the jobs at hand.
 
     Args:
         name: the worker's name.
-        model: the name it serves the model under.
         device: what it runs on, in words.
-        facts: asks for the open engine's facts.
-        counters: asks the engine for its totals.
+        serving: what it serves.
         table: the running jobs.
-        child: asks for the state of the engine's process; None where it has none of its own.
 
     Attributes:
         name: the worker's name.
@@ -50,21 +48,15 @@ class WorkerFacts:
     def __init__(
         self,
         name: str,
-        model: str,
         device: str,
-        facts: Callable[[], EngineFacts],
-        counters: Callable[[], EngineCounters],
+        serving: Serving,
         table: JobTable,
-        child: Callable[[], EngineProcessInfo] | None = None,
     ) -> None:
         self.name = name
         self._device = device
-        self._facts = facts
-        self._counters = counters
+        self._serving = serving
         self._table = table
         self._started_at = time.time()
-        self._model_name = model
-        self._child = child
         self.metrics_address: str | None = None
 
     def info(self, *, is_draining: bool) -> WorkerInfo:
@@ -73,7 +65,8 @@ class WorkerFacts:
         `last_sweep_at` counts from when the worker last became busy, so that a worker whose first sweep after a
         quiet hour is under way does not look stuck.
         """
-        counters, facts = self._counters(), self._facts()
+        counters, state = self._serving.all_counters(), self._serving.state
+        models = tuple(self._model(name) for name in self._serving.names)
         busy_since = self._table.busy_since
         last_sweep_at = counters.last_sweep_at
         if busy_since is not None:
@@ -84,15 +77,9 @@ class WorkerFacts:
             pid=os.getpid(),
             version=version("lamella"),
             device=self._device,
-            model=ModelInfo(
-                name=self._model_name,
-                family=facts.family,
-                dtype=facts.dtype,
-                num_layers=facts.num_layers,
-                context_length=facts.context_length,
-                size_bytes=facts.size_bytes,
-            ),
-            slots=counters.batch_limit or facts.max_sequences,
+            model=models[0],
+            models=models,
+            slots=sum(model.slots for model in models),
             running=len(self._table.jobs()),
             draining=is_draining,
             started_at=self._started_at,
@@ -102,9 +89,32 @@ class WorkerFacts:
             tokens=counters.tokens,
             streamed_bytes=counters.streamed_bytes,
             peak_rss_bytes=counters.peak_rss_bytes,
-            engine_process=self._child() if self._child is not None else None,
+            engine_process=None if state is None else _process_info(state),
             metrics_address=self.metrics_address,
         )
+
+    def _model(self, name: str) -> ModelInfo:
+        facts, counters = self._serving.facts(name), self._serving.counters(name)
+        return ModelInfo(
+            name=name,
+            family=facts.family,
+            dtype=facts.dtype,
+            num_layers=facts.num_layers,
+            context_length=facts.context_length,
+            size_bytes=facts.size_bytes,
+            slots=counters.batch_limit or facts.max_sequences,
+            running=sum(job.model == name for job in self._table.jobs()),
+        )
+
+
+def _process_info(state: ChildState) -> EngineProcessInfo:
+    return EngineProcessInfo(
+        pid=state.pid,
+        state="failed" if state.has_failed else "ready" if state.is_ready else "starting",
+        restarts=state.restarts,
+        max_sequences=state.max_sequences,
+        trouble=state.trouble,
+    )
 
 
 class Heartbeat:
@@ -118,7 +128,7 @@ class Heartbeat:
         self._info = info
         self._thread = StoppableThread("heartbeat", self._run)
         self._is_away = False
-        self._model: str | None = None  # the one whose queue was told of our slots
+        self._told: tuple[str, ...] = ()  # the models whose queues were told of our slots
 
     def start(self) -> None:
         """Write the first heartbeat now, and then one every HEARTBEAT_S."""
@@ -140,9 +150,10 @@ class Heartbeat:
             pipe.zadd(self._keys.workers, {self._name: int(info.heartbeat_at * 1000)})
             pipe.execute()
         load_scripts(self._client)  # a server that was started anew has forgotten them, and clients may not load them
-        self._model = info.model.name
-        slots = 0 if info.draining else info.slots
-        self._registry.call(serve_call(self._keys, self._name, self._model, slots))
+        slots = {model.name: 0 if info.draining else model.slots for model in info.served}
+        told, self._told = self._told, tuple(slots)
+        for model in (*slots, *(model for model in told if model not in slots)):
+            self._registry.call(serve_call(self._keys, self._name, model, slots.get(model, 0)))
 
     def _run(self, stop: threading.Event) -> None:
         is_first = True
@@ -163,7 +174,7 @@ class Heartbeat:
                 pipe.delete(self._keys.worker(self._name))
                 pipe.zrem(self._keys.workers, self._name)
                 pipe.execute()
-            if self._model is not None:
-                self._registry.call(serve_call(self._keys, self._name, self._model, 0))
+            for model in self._told:
+                self._registry.call(serve_call(self._keys, self._name, model, 0))
         except (RedisError, RegistryAway, RegistryBroken) as error:
             log.info("the heartbeat is left to expire: %s", error)

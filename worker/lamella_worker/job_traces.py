@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, get_current_span, set_span_in_context
@@ -21,6 +22,14 @@ from lamella_worker.job_watch import Claimed, JobWatch
 from lamella_worker.running_job import Outcome, RunningJob
 
 MAX_PREFILL_EVENTS = 32  # parts of a prompt that are told one by one
+
+
+class _Swept(NamedTuple):
+    """The sweeps of one model: how many, how long the last one took, and how many jobs it brought something."""
+
+    sweeps: int = 0
+    last_s: float = 0.0
+    num_jobs: int = 0
 
 
 class _Attempt:
@@ -49,7 +58,7 @@ class _Attempt:
         """The attempt goes to the engine."""
         self._begin("lamella.prefill")
 
-    def tokens(self, num_tokens: int, sweep: int, sweep_s: float, num_jobs: int) -> None:
+    def tokens(self, num_tokens: int, swept: _Swept) -> None:
         """A sweep brought tokens; the first ones end the prefill."""
         if not self._is_decoding:
             self._end_phase({"lamella.parts": self._parts})
@@ -57,12 +66,12 @@ class _Attempt:
             self._is_decoding = True
         self._sweeps += 1
         self._tokens += num_tokens
-        self._longest_s = max(self._longest_s, sweep_s)
+        self._longest_s = max(self._longest_s, swept.last_s)
         if self._phase is not None and self._sweeps & (self._sweeps - 1) == 0:
             about = {
-                "lamella.sweep": sweep,
-                "lamella.sweep_s": sweep_s,
-                "lamella.jobs": num_jobs,
+                "lamella.sweep": swept.sweeps,
+                "lamella.sweep_s": swept.last_s,
+                "lamella.jobs": swept.num_jobs,
                 "lamella.tokens": self._tokens,
             }
             self._phase.add_event("sweep", about)
@@ -103,13 +112,12 @@ class JobTraces(JobWatch):
 
     def __init__(self, provider: TracerProvider, model: str, worker: str) -> None:
         self._tracer = provider.get_tracer("lamella_worker")
-        self._about = {"lamella.model": model, "lamella.worker": worker}
+        self._model = model
+        self._about = {"lamella.worker": worker}
         self._propagator = TraceContextTextMapPropagator()
         self._lock = threading.Lock()
         self._attempts: dict[str, _Attempt] = {}  # by sequence: as many as there are slots
-        self._sweep = 0
-        self._sweep_s = 0.0
-        self._num_jobs = 0
+        self._swept: dict[str, _Swept] = {}  # by model
 
     def claimed(self, job: RunningJob, claim: Claimed) -> None:
         """See `JobWatch`."""
@@ -119,7 +127,7 @@ class JobTraces(JobWatch):
         if not get_current_span(context).get_span_context().trace_flags.sampled:
             return
         now_ns = time.time_ns()
-        about = {**self._about, "lamella.job": job.job_id}
+        about = {**self._about, "lamella.model": job.model or self._model, "lamella.job": job.job_id}
         if job.fence == 1 and claim.waited_s is not None:
             began_ns = now_ns - int(claim.waited_s * 1e9)
             wait = self._tracer.start_span("lamella.queue", context, attributes=about, start_time=began_ns)
@@ -136,11 +144,11 @@ class JobTraces(JobWatch):
         with self._lock:
             self._attempts[job.sequence_id] = attempt
 
-    def swept(self, sweep_seconds: Sequence[float], num_jobs: int) -> None:
+    def swept(self, model: str, sweep_seconds: Sequence[float], num_jobs: int) -> None:
         """See `JobWatch`."""
-        self._sweep += len(sweep_seconds)
-        self._sweep_s = sweep_seconds[-1] if sweep_seconds else 0.0
-        self._num_jobs = num_jobs
+        before = self._swept.get(model, _Swept())
+        last_s = sweep_seconds[-1] if sweep_seconds else 0.0
+        self._swept[model] = _Swept(before.sweeps + len(sweep_seconds), last_s, num_jobs)
 
     def prefilled(self, job: RunningJob, done_tokens: int, all_tokens: int) -> None:
         """See `JobWatch`."""
@@ -154,7 +162,7 @@ class JobTraces(JobWatch):
             return
         num_tokens = sum(len(event.token_ids) for event in events if isinstance(event, TokenEvent))
         if num_tokens:
-            attempt.tokens(num_tokens, self._sweep, self._sweep_s, self._num_jobs)
+            attempt.tokens(num_tokens, self._swept.get(job.model, _Swept()))
         match events[-1]:
             case Done() as done:
                 attempt.span.set_attribute("lamella.prompt_tokens", done.usage.prompt_tokens)

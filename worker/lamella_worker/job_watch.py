@@ -47,8 +47,8 @@ class JobWatch:
     def claimed(self, job: RunningJob, claim: Claimed) -> None:
         """A job is this worker's, for one attempt."""
 
-    def swept(self, sweep_seconds: Sequence[float], num_jobs: int) -> None:
-        """Sweeps took so long; events for so many jobs are stored next."""
+    def swept(self, model: str, sweep_seconds: Sequence[float], num_jobs: int) -> None:
+        """Sweeps of a model took so long; events for so many jobs are stored next."""
 
     def prefilled(self, job: RunningJob, done_tokens: int, all_tokens: int) -> None:
         """A job's prompt is read so far."""
@@ -62,8 +62,8 @@ class JobWatch:
     def left(self, job: RunningJob, outcome: Outcome) -> None:
         """The attempt is over."""
 
-    def dead(self, job_id: str) -> None:
-        """A job was failed because its attempts were used up."""
+    def dead(self, job_id: str, model: str) -> None:
+        """A job of a model was failed because its attempts were used up."""
 
     def nudged(self, num_jobs: int) -> None:
         """The messages of so many jobs were sent again."""
@@ -83,9 +83,9 @@ class JobWatchers(JobWatch):
         """See `JobWatch`."""
         self._tell(lambda watcher: watcher.claimed(job, claim))
 
-    def swept(self, sweep_seconds: Sequence[float], num_jobs: int) -> None:
+    def swept(self, model: str, sweep_seconds: Sequence[float], num_jobs: int) -> None:
         """See `JobWatch`."""
-        self._tell(lambda watcher: watcher.swept(sweep_seconds, num_jobs))
+        self._tell(lambda watcher: watcher.swept(model, sweep_seconds, num_jobs))
 
     def prefilled(self, job: RunningJob, done_tokens: int, all_tokens: int) -> None:
         """See `JobWatch`."""
@@ -103,9 +103,9 @@ class JobWatchers(JobWatch):
         """See `JobWatch`."""
         self._tell(lambda watcher: watcher.left(job, outcome))
 
-    def dead(self, job_id: str) -> None:
+    def dead(self, job_id: str, model: str) -> None:
         """See `JobWatch`."""
-        self._tell(lambda watcher: watcher.dead(job_id))
+        self._tell(lambda watcher: watcher.dead(job_id, model))
 
     def nudged(self, num_jobs: int) -> None:
         """See `JobWatch`."""

@@ -1,7 +1,7 @@
-"""Metrics of this worker's engine: what moved, how long its lanes were busy, how full it is.
+"""Metrics of this worker's engines: what moved, how long its lanes were busy, how full it is.
 
-Owns their names and meaning. Nothing is counted here: every scrape asks the engine for its totals, which come from its
-process with each sweep and four times a second between sweeps. Neighbours: `metrics_jobs`, `metrics_server`.
+Owns their names and meaning. Nothing is counted here: every scrape asks the engines for their totals, which come from
+their process with each sweep and four times a second between sweeps. Neighbours: `metrics_jobs`, `metrics_server`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from lamella.messages import WorkerInfo
+from lamella.messages import ModelInfo, WorkerInfo
 from lamella_engine.sequence_types import EngineCounters, PlanFacts
 from lamella_worker.engine_sources import EngineSources
 
@@ -21,27 +21,33 @@ TIERS = ("disk", "ram", "vram")
 
 
 class EngineCollector(Collector):
-    """Turns the engine's totals into metrics; safe to scrape from several threads."""
+    """Turns the engines' totals into metrics; safe to scrape from several threads."""
 
     def __init__(self, sources: EngineSources) -> None:
         self._sources = sources
         self._lock = threading.Lock()
-        self._highest: dict[tuple[str, str], float] = {}
+        self._highest: dict[tuple[str, str, str], float] = {}
 
     def collect(self) -> Iterator[Metric]:
-        """Ask for everything, once."""
-        info, counters, plan = self._sources.info(), self._sources.counters(), self._sources.plan()
+        """Ask for everything, once; each metric has a series for every model."""
+        info = self._sources.info()
+        found: dict[str, Metric] = {}
         with self._lock:
-            families = [
-                *self._totals(info, counters),
-                *_now(info, counters),
-                *(() if plan is None else _plan(info.model.name, plan)),
-                _about(info),
-            ]
-        yield from families
+            for model in info.served:
+                for family in self._of_model(info, model):
+                    before = found.setdefault(family.name, family)
+                    if before is not family:
+                        before.samples.extend(family.samples)
+        yield from found.values()
 
-    def _totals(self, info: WorkerInfo, counters: EngineCounters) -> Iterable[Metric]:
-        model = info.model.name
+    def _of_model(self, info: WorkerInfo, model: ModelInfo) -> Iterator[Metric]:
+        counters, plan = self._sources.counters(model.name), self._sources.plan(model.name)
+        yield from self._totals(info, model.name, counters)
+        yield from _now(info, model, counters)
+        yield from () if plan is None else _plan(model.name, plan)
+        yield _about(info, model)
+
+    def _totals(self, info: WorkerInfo, model: str, counters: EngineCounters) -> Iterable[Metric]:
         restarts = 0 if info.engine_process is None else info.engine_process.restarts
         yield self._counter(model, "sweeps", "Sweeps done.", counters.sweeps)
         yield self._counter(model, "engine_tokens", "Tokens drawn, those of lost attempts included.", counters.tokens)
@@ -74,7 +80,8 @@ class EngineCollector(Collector):
         """A total that never falls: reports of an engine may overtake each other, and a fall looks like a restart."""
         family = CounterMetricFamily(f"lamella_{name}", meaning, labels=["model", *([label] if label else [])])
         for key, total in value.items() if isinstance(value, Mapping) else [("", value)]:
-            highest = self._highest[name, key] = max(total, self._highest.get((name, key), 0.0))
+            highest = max(total, self._highest.get((model, name, key), 0.0))
+            self._highest[model, name, key] = highest
             family.add_metric([model, *([key] if label else [])], highest)
         return family
 
@@ -92,19 +99,19 @@ def _by_tier(model: str, name: str, meaning: str, values: Iterable[float]) -> Ga
     return family
 
 
-def _now(info: WorkerInfo, counters: EngineCounters) -> Iterable[Metric]:
-    model = info.model.name
+def _now(info: WorkerInfo, about: ModelInfo, counters: EngineCounters) -> Iterable[Metric]:
+    model = about.name
     process = info.engine_process
-    yield _gauge(model, "running_jobs", "Jobs that this worker holds.", info.running)
+    yield _gauge(model, "running_jobs", "Jobs that this worker holds.", about.running)
     yield _gauge(model, "running_sequences", "Sequences that ride the sweeps.", counters.running)
     yield _gauge(model, "waiting_sequences", "Sequences in the engine that wait for room.", counters.waiting)
-    yield _gauge(model, "batch_limit_sequences", "Sequences that may ride side by side now.", info.slots)
+    yield _gauge(model, "batch_limit_sequences", "Sequences that may ride side by side now.", about.slots)
     yield _gauge(model, "kv_blocks", "Blocks of the key-value cache.", counters.kv_blocks)
     yield _gauge(model, "kv_blocks_used", "Blocks of it that sequences hold.", counters.kv_blocks_used)
     yield _gauge(model, "memory_peak_bytes", "Most host memory that the engine ever held.", counters.peak_rss_bytes)
     yield _gauge(model, "draining", "1 once the worker takes no more jobs.", info.draining)
     yield _gauge(model, "engine_ready", "1 while an engine is open.", process is None or process.state == "ready")
-    last = info.last_sweep_at or 0.0
+    last = (info.last_sweep_at if len(info.served) == 1 else counters.last_sweep_at) or 0.0
     yield _gauge(model, "last_sweep_timestamp_seconds", "When it last got on, in Unix seconds; 0 before.", last)
 
 
@@ -122,9 +129,8 @@ def _plan(model: str, plan: PlanFacts) -> Iterable[Metric]:
     yield limit
 
 
-def _about(info: WorkerInfo) -> Metric:
+def _about(info: WorkerInfo, model: ModelInfo) -> Metric:
     names = ["model", "worker", "version", "device", "family", "dtype"]
     family = GaugeMetricFamily("lamella_worker_info", "1; its labels say who this is.", labels=names)
-    model = info.model
     family.add_metric([model.name, info.name, info.version, info.device, model.family, model.dtype], 1)
     return family

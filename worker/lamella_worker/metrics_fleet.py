@@ -129,10 +129,10 @@ class FleetCollector(Collector):
 
 def _metrics(fleet: Fleet) -> Iterable[Metric]:
     workers, slots, busy = Counter[str](), Counter[str](), Counter[str]()
-    for info in fleet.workers:
-        workers[info.model.name] += not info.draining
-        slots[info.model.name] += 0 if info.draining else info.slots
-        busy[info.model.name] += info.running
+    for info, model in ((worker, model) for worker in fleet.workers for model in worker.served):
+        workers[model.name] += not info.draining
+        slots[model.name] += 0 if info.draining else model.slots
+        busy[model.name] += model.running
     weight = fleet.queued + fleet.running + fleet.dead + Counter(dict.fromkeys(workers, 1))
     shown = [model for model, _ in weight.most_common(MODELS_SHOWN)]
     ages = Counter({model: max(0, fleet.now_ms - at) / 1000 for model, at in fleet.oldest_ms.items()})

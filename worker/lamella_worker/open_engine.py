@@ -1,4 +1,4 @@
-"""Opens the engine for a worker, and says in one message why it cannot be opened.
+"""Opens the engines for a worker, and says in one message why they cannot be opened.
 
 Importing this loads torch, so nothing imports it before the device is pinned; a worker whose engine is in a process of
 its own never imports it.
@@ -6,21 +6,28 @@ its own never imports it.
 
 from __future__ import annotations
 
-from lamella_engine import Engine, EngineOptions, ShardStore
+from collections.abc import Sequence
+
+from lamella_engine import EngineOptions, ShardStore
 from lamella_engine.device import resolve_device
+from lamella_engine.engine_group import EngineGroup
 from lamella_engine.errors import EngineError
 from lamella_engine.out_of_memory import is_out_of_memory
 from lamella_engine.progress import Progress, silent
 from lamella_worker.config import EngineTable
+from lamella_worker.engine_port import ServedModel
 from lamella_worker.worker_error import WorkerError
 
 
-def open_engine(model: str, table: EngineTable, device: str, progress: Progress = silent) -> Engine:
-    """Open the engine on `device` as the engine knows it, building the model's shards if the store lacks them.
+def open_engines(
+    models: Sequence[ServedModel], table: EngineTable, device: str, progress: Progress = silent
+) -> EngineGroup:
+    """Open an engine a model on `device` as the engine knows it, building shards that the store lacks.
 
     Raises:
-        WorkerError: it cannot open.
+        WorkerError: they cannot open, all of them together.
     """
+    about = ", ".join(model.name for model in models)
     try:
         options = EngineOptions(
             store=table.store,
@@ -36,11 +43,15 @@ def open_engine(model: str, table: EngineTable, device: str, progress: Progress 
             offline=table.offline,
         )
         found = resolve_device(options.device)
-        sharded = ShardStore(options.store).ensure(model, offline=options.offline, progress=progress)
-        return Engine.open_sharded(sharded, found, options)
+        store, sharded = ShardStore(options.store), {}
+        for model in models:
+            about = model.name
+            sharded[model.name] = store.ensure(model.opened_as, offline=options.offline, progress=progress)
+        about = ", ".join(sharded)
+        return EngineGroup.open(sharded, found, options, {model.name: model.share for model in models})
     except EngineError as error:
-        raise WorkerError(f"cannot serve {model}: {error}") from error
+        raise WorkerError(f"cannot serve {about}: {error}") from error
     except (OSError, MemoryError, RuntimeError) as error:
         # The device or the disk refused in its own words; torch's out-of-memory error is a RuntimeError.
-        message = f"cannot serve {model}: {type(error).__name__}: {error}"
+        message = f"cannot serve {about}: {type(error).__name__}: {error}"
         raise WorkerError(message, is_out_of_memory=is_out_of_memory(error)) from error

@@ -37,8 +37,9 @@ class Publisher:
         engine: whose events are taken.
         table: where a sequence's job is found; events of sequences that are not listed are dropped.
         delivery: where they go.
-        on_end: called once, from the thread, with True if it ended through an error.
+        on_end: called once, from the thread, with True if it ended through an error, False where its engine closed.
         watch: is told of sweeps.
+        model: the engine's.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Publisher:
         delivery: Delivery,
         on_end: Callable[[bool], None],
         watch: JobWatch = NO_WATCH,
+        model: str = "",
     ) -> None:
+        self._model = model
         self._engine = engine
         self._table = table
         self._delivery = delivery
@@ -89,7 +92,7 @@ class Publisher:
                 continue  # a sequence whose job was lost or given back; the engine drops it at the boundary
             earlier = emissions.get(event.sequence_id, Emission(job))
             emissions[event.sequence_id] = _extend(earlier, event)
-        self._watch.swept(batch.sweep_seconds, len(emissions))
+        self._watch.swept(self._model, batch.sweep_seconds, len(emissions))
         if emissions:
             self._delivery.deliver(list(emissions.values()))
 

@@ -13,6 +13,7 @@ from enum import Enum
 from lamella.job_seal import JobSeal
 from lamella.messages import Cancelled, Failed
 from lamella.registry_calls import deadline_event
+from lamella_worker.engine_port import SweepEngine
 from lamella_worker.log_context import sequence_id
 
 
@@ -27,9 +28,18 @@ class Outcome(Enum):
 
 
 class RunningJob:
-    """A job under our claim; flags are set once and never cleared."""
+    """A job under our claim; flags are set once and never cleared.
 
-    def __init__(self, job_id: str, fence: int, next_seq: int, attempts: int, seal: JobSeal | None = None) -> None:
+    Attributes:
+        model: the one whose queue it came from.
+        engine: the one that has its sequence, set by the job's own thread; None before.
+    """
+
+    def __init__(
+        self, job_id: str, fence: int, next_seq: int, attempts: int, seal: JobSeal | None = None, model: str = ""
+    ) -> None:
+        self.model = model
+        self.engine: SweepEngine | None = None
         self.seal = seal or JobSeal(None)
         self.job_id = job_id
         self.fence = fence

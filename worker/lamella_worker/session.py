@@ -2,7 +2,7 @@
 
 Owns the order of those steps and their deadlines, for as many jobs at once as there are task threads. `tasks` calls
 `run` and only learns whether the message is done with; `publisher` settles jobs from the engine's events, `delivery`
-from what the registry answers, `drain` through `begin_drain` and `give_up`.
+from what the registry answers, `drain` through `begin_drain` and `give_up`, `process` through `paused`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import TypeVar
 
@@ -23,11 +23,12 @@ from lamella.registry_calls import ClaimReply, ClaimStatus, claim_call, release_
 from lamella_engine.errors import EngineClosed, SequenceError
 from lamella_worker.config import WorkerConfig
 from lamella_worker.delivery import FIRST_RETRY_S, LONGEST_RETRY_S, Delivery, Emission
-from lamella_worker.engine_port import ENGINE_ERROR, EngineAway, SweepEngine
+from lamella_worker.engine_port import ENGINE_ERROR, EngineAway, ServedEngines, SweepEngine
 from lamella_worker.gate import Gate
 from lamella_worker.job_table import JobTable
 from lamella_worker.job_watch import NO_WATCH, Claimed, JobWatch
 from lamella_worker.log_context import about_job
+from lamella_worker.model_slots import ModelSlots
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken, StreamLost
 from lamella_worker.running_job import Outcome, RunningJob
 from lamella_worker.sequence_request import sequence_request
@@ -35,8 +36,10 @@ from lamella_worker.sequence_request import sequence_request
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
+PAUSE_LOOK_S = 0.1
 LOOK_S = 1.0  # how often a waiting task looks whether the session still works
-ENGINE_WAIT_S = 5.0  # for an engine that is started again; then the message goes back, for other workers to take
+ENGINE_WAIT_S = 5.0  # for an engine that is started again, or a slot; then the message goes back, for other workers
+UNLIMITED = 4096
 ALONE_FROM = 2  # the attempt from which on a job runs alone
 PARKED_REMEMBERED = 1000
 
@@ -49,37 +52,38 @@ class Verdict(Enum):
 
 
 class Session:
-    """Runs jobs on one engine; `run` may be called from many threads at once.
+    """Runs jobs on the worker's engines; `run` may be called from many threads at once.
 
     Args:
-        engine: the open engine.
+        engines: finds the open engine of a model.
         registry: the job registry.
         table: where running jobs are listed for the publisher, the lease keeper and the drain.
         config: the worker's settings.
         name: the worker's name, written into each claim.
-        wait_ready: waits so many seconds for the engine to be open, and says whether it is.
         watch: is told what becomes of jobs.
+        slots: how many jobs of a model run at once; None bounds nothing.
     """
 
     def __init__(
         self,
-        engine: SweepEngine,
+        engines: ServedEngines,
         registry: Registry,
         table: JobTable,
         config: WorkerConfig,
         name: str,
-        wait_ready: Callable[[float], bool] = lambda timeout_s: True,
         watch: JobWatch = NO_WATCH,
+        slots: ModelSlots | None = None,
     ) -> None:
-        self._engine = engine
+        self._engines = engines
         self._registry = registry
         self._table = table
         self._config = config
         self._name = name
-        self._wait_ready = wait_ready
         self._watch = watch
         self._gate = Gate()
+        self._slots = slots or ModelSlots(UNLIMITED)
         self._draining = threading.Event()
+        self._paused = threading.Event()
         self._gave_up = threading.Event()
         self._parked: dict[str, None] = {}
         self.delivery = Delivery(registry, config.worker.lease_s, self._cancel_sequence, self._gave_up, watch)
@@ -89,23 +93,30 @@ class Session:
         """True once no new job is taken."""
         return self._draining.is_set()
 
-    def run(self, job_id: str, trace: str | None = None) -> Verdict:
+    def run(self, job_id: str, trace: str | None = None, model: str | None = None) -> Verdict:
         """Take a job as far as it goes here; returns what becomes of its message, and never raises.
 
-        `trace` is the W3C traceparent that came with the message.
+        `trace` is the W3C traceparent that came with the message, `model` the one whose queue it came from; None means
+        the first that the worker started with.
         """
-        # A job is released, and so may come back at once, while its id is held no more but it is still listed.
-        with about_job(job_id), ExitStack() as listing:
-            ride = self._ride(job_id, trace, listing)
-            return ride if isinstance(ride, Verdict) else self._finish(*ride)
+        model = model or self._config.worker.served[0]
+        with about_job(job_id), self._slots.place(model, ENGINE_WAIT_S, self._draining.is_set) as has_slot:
+            if not has_slot:
+                return Verdict.REQUEUE
+            # A job is released, and so may come back at once, while its id is held no more but it is still listed.
+            with ExitStack() as listing:
+                ride = self._ride(job_id, model, trace, listing)
+                return ride if isinstance(ride, Verdict) else self._finish(*ride)
 
-    def _ride(self, job_id: str, trace: str | None, listing: ExitStack) -> tuple[RunningJob, Outcome] | Verdict:
+    def _ride(
+        self, job_id: str, model: str, trace: str | None, listing: ExitStack
+    ) -> tuple[RunningJob, Outcome] | Verdict:
         """Run the job if it is ours to run; returns it with its outcome, or else what becomes of the message."""
         with self._table.hold(job_id) as is_ours:
             if not is_ours:
                 log.info("job=%s a second message for a job that runs here is dropped", job_id)
                 return Verdict.ACK
-            if not self._has_engine():
+            if not self._has_engine(model):
                 return Verdict.REQUEUE
             try:
                 claim = self._claim(job_id)
@@ -115,9 +126,9 @@ class Session:
             if claim is None:
                 return Verdict.REQUEUE
             if claim.status is not ClaimStatus.OK:
-                self._report_unclaimed(job_id, claim.status)
+                self._report_unclaimed(job_id, model, claim.status)
                 return Verdict.ACK
-            job = RunningJob(job_id, claim.fence, claim.seq + 1, claim.attempts, JobSeal(self._registry.ring))
+            job = RunningJob(job_id, claim.fence, claim.seq + 1, claim.attempts, JobSeal(self._registry.ring), model)
             listing.enter_context(self._table.listed(job))
             listing.enter_context(about_job(job_id, claim.attempts))
             self._watch.claimed(job, self._claimed(job_id, claim, trace))
@@ -131,6 +142,25 @@ class Session:
         for job in self._table.jobs():
             self._cancel_sequence(job.sequence_id)
 
+    @contextmanager
+    def paused(self, timeout_s: float) -> Iterator[bool]:
+        """Take no jobs in the block; before it the running ones are given back at the next sweep boundary.
+
+        What does not reach one in half of `timeout_s` seconds is given back as it stands; yields False if jobs are
+        still not released after all of them, because Redis does not answer.
+        """
+        self._paused.set()
+        try:
+            for job in self._table.jobs():
+                self._cancel_sequence(job.sequence_id)
+            if not self.wait_idle(timeout_s / 2):
+                log.warning("the sweep or Redis takes too long; jobs are released as they stand")
+                for job in self._table.jobs():
+                    job.settle(Outcome.GIVEN_BACK)
+            yield self.wait_idle(timeout_s / 2)
+        finally:
+            self._paused.clear()
+
     def give_up(self) -> None:
         """Wait no longer for the engine or for Redis: every running job is given back as it stands."""
         self._draining.set()
@@ -138,14 +168,16 @@ class Session:
         for job in self._table.jobs():
             job.settle(Outcome.GIVEN_BACK)
 
-    def _has_engine(self) -> bool:
+    def _has_engine(self, model: str) -> bool:
         """Wait a while for an engine that is being opened; a job that is not claimed is free for other workers."""
         deadline = time.monotonic() + ENGINE_WAIT_S
         while not self._draining.is_set():
-            if self._wait_ready(LOOK_S):
+            is_open = not self._paused.is_set() and self._engines.wait_ready(LOOK_S)
+            if is_open and self._engines.find(model) is not None:
                 return True
             if time.monotonic() >= deadline:
                 return False
+            self._draining.wait(PAUSE_LOOK_S)
         return False
 
     def _claim(self, job_id: str) -> ClaimReply | None:
@@ -184,13 +216,13 @@ class Session:
         waited_s = None if accepted_at is None or now is None else max(0.0, now - accepted_at)
         return Claimed(accepted_at, waited_s, claim.seq, trace)
 
-    def _report_unclaimed(self, job_id: str, status: ClaimStatus) -> None:
+    def _report_unclaimed(self, job_id: str, model: str, status: ClaimStatus) -> None:
         match status:
             case ClaimStatus.UNKNOWN_SCHEMA:
                 if self._is_new(job_id):
                     log.error("job=%s is of a newer schema and is left for a newer worker; upgrade this one", job_id)
             case ClaimStatus.POISON:
-                self._watch.dead(job_id)
+                self._watch.dead(job_id, model)
                 log.error("job=%s is failed: all its %d attempts were lost", job_id, self._config.worker.max_attempts)
             case _:
                 log.info("job=%s not run here: %s", job_id, status.value)
@@ -207,13 +239,14 @@ class Session:
     def _run_claimed(self, job: RunningJob, claim: ClaimReply) -> Outcome:
         try:
             request = decode_request(job.seal.open_request(claim.request_json))
-            if request.model != self._config.worker.model:
-                return self._fail(job, "wrong_model", self._wrong_model(request.model))
+            engine = self._engines.find(request.model)
+            if engine is None:
+                return self._not_served(job, request.model)
             opened = job.seal.open_event
             generated_ids = self._patiently(lambda: self._registry.stored_token_ids(job.job_id, claim.seq, opened))
             if generated_ids is None:
                 return Outcome.GIVEN_BACK
-            return self._run_sequence(job, request, generated_ids)
+            return self._run_sequence(job, engine, request, generated_ids)
         except EncryptionError as error:
             if self._is_new(job.job_id):
                 log.error("job=%s is left for a worker that can open it: %s", job.job_id, error)
@@ -230,9 +263,17 @@ class Session:
             log.exception("job=%s attempt %d failed in the worker", job.job_id, job.attempts)
             return Outcome.ATTEMPT_FAILED
 
-    def _run_sequence(self, job: RunningJob, request: GenerateRequest, generated_ids: tuple[int, ...]) -> Outcome:
+    def _not_served(self, job: RunningJob, asked_for: str) -> Outcome:
+        if asked_for == job.model:
+            return Outcome.GIVEN_BACK  # it was served when the message came
+        return self._fail(job, "wrong_model", _wrong_model(asked_for, job.model))
+
+    def _run_sequence(
+        self, job: RunningJob, engine: SweepEngine, request: GenerateRequest, generated_ids: tuple[int, ...]
+    ) -> Outcome:
         def is_called_off() -> bool:
-            return job.is_settled or job.is_cancel_requested or self._draining.is_set()
+            is_stopped = self._draining.is_set() or self._paused.is_set()
+            return is_stopped or job.is_settled or job.is_cancel_requested
 
         is_alone = job.attempts >= ALONE_FROM
         with self._gate.pass_through(is_alone=is_alone, is_called_off=is_called_off) as has_entered:
@@ -244,9 +285,10 @@ class Session:
                     len(generated_ids),
                     ", alone" if is_alone else "",
                 )
-                self._engine.submit(sequence_request(job.sequence_id, request, generated_ids))
+                job.engine = engine
+                engine.submit(sequence_request(job.sequence_id, request, generated_ids))
                 if is_called_off():  # asked for while the engine did not know the sequence yet
-                    self._engine.cancel(job.sequence_id)
+                    engine.cancel(job.sequence_id)
                 return self._await(job)
         if job.is_cancel_requested and not job.is_settled:
             self.delivery.deliver([Emission(job, (job.last_word,), Outcome.ENDED)])
@@ -316,13 +358,17 @@ class Session:
         return True
 
     def _cancel_sequence(self, sequence_id: str) -> None:
+        job = self._table.find(sequence_id)
+        if job is None or job.engine is None:
+            return  # no engine knows it
         try:
-            self._engine.cancel(sequence_id)
+            job.engine.cancel(sequence_id)
         except EngineClosed:
             log.debug("the engine closed before sequence %s was cancelled", sequence_id)
 
-    def _wrong_model(self, asked_for: str) -> str:
-        return (
-            f"the job asks for {asked_for}, but its message reached a worker of {self._config.worker.model}; "
-            "submit it again, and check that nothing moves messages between queues"
-        )
+
+def _wrong_model(asked_for: str, queue_of: str) -> str:
+    return (
+        f"the job asks for {asked_for}, but its message came from the queue of {queue_of} to a worker that does not "
+        "serve it; submit it again, and check that nothing moves messages between queues"
+    )

@@ -1,7 +1,7 @@
 """Keeps an engine process running: starts it, watches it, kills it where it hangs, starts it again where it ends.
 
 Owns one thread, from which every engine process is started and to which its end is tied. What the reports about
-sequences mean is `child_engine`'s; when to give up is `restart_rule`'s, what counts as hung `sweep_watch`'s.
+sequences mean is `child_host`'s; when to give up is `restart_rule`'s, what counts as hung `turns_watch`'s.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from lamella_engine.sequence_types import EngineFacts
-from lamella_worker.config import EngineTable, WorkerTable
+from lamella_worker.config import EngineTable
 from lamella_worker.engine_messages import Answer, Beat, Broken, Open, Opened, Order, Progress, Refused, Report, Sweep
-from lamella_worker.engine_port import EngineAway
+from lamella_worker.engine_port import ChildState, EngineAway, ServedModel
 from lamella_worker.engine_process import COMMAND, EngineProcess, EngineStuck
 from lamella_worker.restart_rule import BatchSize, RestartRule
 from lamella_worker.sweep_watch import SweepWatch
+from lamella_worker.turns_watch import TurnsWatch
+from lamella_worker.worker_table import WorkerTable
 
 log = logging.getLogger(__name__)
 
@@ -34,31 +36,10 @@ TELL_EVERY_S = 15.0
 class EngineSpec:
     """What every engine process of a worker opens, and the program that it runs."""
 
-    model: str
+    models: tuple[ServedModel, ...]
     table: EngineTable
     device: str
     command: Sequence[str] = COMMAND
-
-
-@dataclass(frozen=True)
-class ChildState:
-    """How the engine process stands.
-
-    Attributes:
-        pid: its process id; None while there is none.
-        is_ready: its engine is open.
-        restarts: times that one was started again.
-        max_sequences: sequences that its engine runs at most.
-        trouble: why the last one ended; None if none has.
-        has_failed: none is started any more.
-    """
-
-    pid: int | None
-    is_ready: bool
-    restarts: int
-    max_sequences: int
-    trouble: str | None
-    has_failed: bool
 
 
 class Listener(Protocol):
@@ -71,7 +52,7 @@ class Listener(Protocol):
         """The engine process is gone, with all its sequences; every report of it was heard before."""
 
     def changed(self) -> None:
-        """An engine is open, or there will be none any more."""
+        """The engines are open, or there will be none any more."""
 
 
 class Supervisor:
@@ -90,7 +71,7 @@ class Supervisor:
         self._rule = RestartRule(limits.max_restarts, limits.restart_window_s)
         self._batch = BatchSize(spec.table.max_sequences)
         self._process: EngineProcess | None = None
-        self._watch: SweepWatch | None = None
+        self._watch: TurnsWatch | None = None
         self._refused: Refused | None = None
         self._broken: str | None = None
         self._is_short_of_memory = False
@@ -100,7 +81,7 @@ class Supervisor:
         self._restarts = 0
         self._trouble: str | None = None
         self._closing = threading.Event()
-        self.facts: EngineFacts | None = None  # of the last engine that opened
+        self.facts: Mapping[str, EngineFacts] | None = None  # of the last engines that opened, by model
         self.ready = threading.Event()
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine-supervisor", daemon=True)
@@ -117,10 +98,10 @@ class Supervisor:
         return not self._thread.is_alive()
 
     def tell(self, order: Order) -> None:
-        """Send an order to the engine.
+        """Send an order to the engines.
 
         Raises:
-            EngineAway: no engine is open.
+            EngineAway: none is open.
         """
         process = self._process
         if process is None or not self.ready.is_set():
@@ -156,7 +137,7 @@ class Supervisor:
         self._is_short_of_memory = False
         began = self._progress_at = time.monotonic()
         table = self._spec.table.model_copy(update={"max_sequences": self._batch.current})
-        order = Open(self._spec.model, table, self._spec.device, self._restarts)
+        order = Open(self._spec.models, table, self._spec.device, self._restarts)
         process = self._process = EngineProcess(order, self._hear, self._spec.command)
         hung = None
         try:
@@ -203,8 +184,7 @@ class Supervisor:
         match report:
             case Opened():
                 self.facts = report.facts
-                limits = self._limits
-                self._watch = SweepWatch(limits.hang_s, limits.hang_sweeps, report.facts.size_bytes, now)
+                self._watch = TurnsWatch({model: self._watch_of(facts, now) for model, facts in report.facts.items()})
                 self.ready.set()
                 self._listener.changed()
             case Progress():
@@ -218,9 +198,13 @@ class Supervisor:
             case Sweep() | Beat():
                 if self._watch is not None:
                     is_stalled = isinstance(report, Beat) and report.is_stalled
-                    self._watch.hear(report.counters, is_stalled=is_stalled, now=now)
-                self._is_short_of_memory = report.counters.out_of_memory > 0
+                    self._watch.hear(report.model, report.counters, is_stalled=is_stalled, now=now)
+                if report.counters.out_of_memory > 0:
+                    self._is_short_of_memory = True
                 self._listener.hear(process, report)
+
+    def _watch_of(self, facts: EngineFacts, now: float) -> SweepWatch:
+        return SweepWatch(self._limits.hang_s, self._limits.hang_sweeps, facts.size_bytes, now)
 
     def _note_progress(self, report: Progress, now: float) -> None:
         if report != self._progress:
@@ -228,7 +212,8 @@ class Supervisor:
         if now - self._told_at >= TELL_EVERY_S:
             self._told_at = now
             share = 100 * report.done_bytes // max(1, report.total_bytes)
-            log.info("opening %s: %s, %d %% of %d bytes", self._spec.model, report.phase, share, report.total_bytes)
+            names = ", ".join(model.name for model in self._spec.models)
+            log.info("opening %s: %s, %d %% of %d bytes", names, report.phase, share, report.total_bytes)
 
     def _why(self, pid: int, code: int, hung: str | None) -> str:
         what = f"engine process {pid} "

@@ -2,7 +2,7 @@
 
 Owns the rule and no clock: times are given by the caller, in seconds of one monotonic clock. A sweep may take so many
 times the longest one of late, and never less than a floor; before one was measured, as long as moving the whole model
-over a very slow link takes. `supervisor` feeds it and acts on it.
+over a very slow link takes. `turns_watch` joins the judgements on engines that take turns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SweepWatch:
         self._first_s = max(floor_s, size_bytes / SLOWEST_BYTES_PER_S)
         self._lock = threading.Lock()
         self._heard_at = self._moved_at = now
-        self._is_busy = False
+        self._is_busy = self._is_stalled = False
         self._mark: tuple[float, ...] = ()
         self._sweeps = 0
         self._sweep_s = 0.0
@@ -51,7 +51,7 @@ class SweepWatch:
             counters.read_s, counters.copy_s, counters.compute_s, counters.sweep_s,
         )  # fmt: skip
         with self._lock:
-            self._heard_at = now
+            self._heard_at, self._is_stalled = now, is_stalled
             was_busy, self._is_busy = self._is_busy, counters.running + counters.waiting > 0
             if counters.sweeps > self._sweeps:
                 self._measure(counters, now)
@@ -63,15 +63,15 @@ class SweepWatch:
         with self._lock:
             self._heard_at = self._moved_at = now
 
-    def complaint(self, now: float) -> str | None:
-        """Why the engine counts as hung, or None."""
+    def silent_s(self, now: float) -> float:
+        """Seconds since the last report."""
         with self._lock:
-            deadline_s = self._deadline_s()
-            if now - self._heard_at > deadline_s:
-                return f"it gave no sign of life for {now - self._heard_at:.1f} s, and {deadline_s:.1f} s are allowed"
-            if self._is_busy and now - self._moved_at > deadline_s:
-                return f"its sweep did not get on for {now - self._moved_at:.1f} s, and {deadline_s:.1f} s are allowed"
-        return None
+            return now - self._heard_at
+
+    def stuck_s(self, now: float) -> float | None:
+        """Seconds since anything moved; None where nothing has to: no sequence is there, or no event can be taken."""
+        with self._lock:
+            return now - self._moved_at if self._is_busy and not self._is_stalled else None
 
     def _measure(self, counters: EngineCounters, now: float) -> None:
         more = counters.sweeps - self._sweeps

@@ -39,9 +39,9 @@ class Telemetry:
         table = config.telemetry
         try:
             if table.metrics_port is not None:
-                watchers.append(self._open_metrics(table.metrics_host, table.metrics_port, config.worker.model))
+                watchers.append(self._open_metrics(table.metrics_host, table.metrics_port, config.worker.served))
             if table.traces is not None:
-                watchers.append(self._open_traces(table.traces, config.worker.model, worker))
+                watchers.append(self._open_traces(table.traces, config.worker.served[0], worker))
         except ImportError as error:
             self.close()
             missing = 'pip install "lamella[worker,tracing]"'
@@ -70,7 +70,7 @@ class Telemetry:
         """Stop serving, and send what traces are left; idempotent."""
         self._stack.close()
 
-    def _open_metrics(self, host: str, port: int, model: str) -> JobWatch:
+    def _open_metrics(self, host: str, port: int, models: tuple[str, ...]) -> JobWatch:
         from prometheus_client import CollectorRegistry, ProcessCollector
 
         from lamella_worker.metrics_jobs import JobMetrics
@@ -85,7 +85,7 @@ class Telemetry:
         self._stack.callback(server.close)
         self.metrics_address = server.address
         log.info("metrics on http://%s/metrics", server.address)
-        return JobMetrics(self._registry, model)
+        return JobMetrics(self._registry, *models)
 
     def _open_traces(self, endpoint: str, model: str, worker: str) -> JobWatch:
         from lamella.tracing import open_exporting

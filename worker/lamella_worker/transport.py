@@ -4,7 +4,8 @@ Owns two repairs. When the broker goes away, Celery first collects the connectio
 tries to give deliveries back over the connection that is no longer there; the AttributeError of that, and the one of
 an acknowledgement that comes later still, end the consumer for good. Here both are let go: such a delivery comes back
 by itself after the visibility timeout, and the claim of its job then says that it is held or done. And a queue entry
-that is no Celery message at all would end the consumer too; here it is dropped.
+that is no Celery message at all would end the consumer too; here it is dropped. And a rule: queues that are named in
+the option `FULL_QUEUES` are left alone, so that one model's jobs do not take the places of another's.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
+from kombu.utils.scheduling import round_robin_cycle as RoundRobin
 
 log = logging.getLogger(__name__)
 
+FULL_QUEUES = "full_queues"  # the transport option, a list that changes; of plain names, because monitors are shown it
 NAME = "lamella"  # the transport's name in broker URLs
 
 
@@ -52,6 +55,21 @@ class Channel(kombu_redis.Channel):
     """A channel whose deliveries outlive its connection, and that drops what is no message."""
 
     QoS = Deliveries
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        full = self.connection.client.transport_options.get(FULL_QUEUES, ())
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        open_queues = [queue for queue in queues if queue not in full]
+        if len(open_queues) == len(queues):
+            super()._brpop_start(timeout)  # type: ignore[no-untyped-call]  # as above
+            return
+        if not open_queues:
+            return  # asked again at the loop's next turn
+        every, self._queue_cycle = self._queue_cycle, RoundRobin(open_queues)  # type: ignore[no-untyped-call]  # as above
+        try:
+            super()._brpop_start(timeout)  # type: ignore[no-untyped-call]  # as above
+        finally:
+            self._queue_cycle = every
 
     def _brpop_read(self, **options: Any) -> Any:
         try:

@@ -71,7 +71,8 @@ def server_settings(facts: dict[str, str]) -> list[Finding]:
 
 def judge_worker(worker: WorkerInfo, now: float) -> Finding:
     """Judge one worker's heartbeat; `now` is Unix seconds."""
-    place = f"worker: {worker.name} serves {worker.model.name} on {worker.device}"
+    models = ", ".join(model.name for model in worker.served)
+    place = f"worker: {worker.name} serves {models} on {worker.device}"
     if worker.running and worker.last_sweep_at is not None and now - worker.last_sweep_at > STUCK_S:
         return broken(
             f"{place}, but has not swept for {now - worker.last_sweep_at:.0f} s", "restart it; its jobs go on"

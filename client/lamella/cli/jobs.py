@@ -12,7 +12,7 @@ from lamella.cli.follow import echo_figures, follow
 from lamella.cli.output import age, ahead, echo_columns, echo_json, figures, size
 from lamella.errors import RequestError
 from lamella.keys import JOBS_LISTED
-from lamella.messages import Done, Failed, JobState, JobStatus, Priority
+from lamella.messages import Done, Failed, JobState, JobStatus, Priority, WorkerInfo
 from lamella.registry_calls import CancelStatus
 from lamella.stream_clock import DEFAULT_WAIT_S
 
@@ -193,7 +193,7 @@ def workers(
     rows = [
         (
             worker.name,
-            worker.model.name,
+            models_of(worker),
             worker.device,
             "draining" if worker.draining else f"{worker.running}/{worker.slots}",
             str(worker.sweeps),
@@ -204,6 +204,13 @@ def workers(
         for worker in found
     ]
     echo_columns(("WORKER", "MODEL", "DEVICE", "RUNNING", "SWEEPS", "TOKENS", "PEAK MEMORY", "UP"), rows)
+
+
+def models_of(worker: WorkerInfo) -> str:
+    """What a worker serves; of several models each with its busy slots."""
+    if len(worker.served) == 1:
+        return worker.model.name
+    return ", ".join(f"{model.name} {model.running}/{model.slots}" for model in worker.served)
 
 
 def read_prompt(prompt: str | None) -> str:
