@@ -27,8 +27,8 @@ In the order data flows through them:
 - `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
   layers for all sequences together; `sequence_state`, `state_pool`, `prompt_step`, `stepwise`: the
   same for families that keep states.
-- `sampler`, `text`, `detokenizer`: from logits to tokens to text.
-- `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options` are what
+- `grammar`, `adjustments`, `sampler`, `text`, `detokenizer`: from logits to tokens to text, of whichever format.
+- `admission`, `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options` are what
   callers see.
 - `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
 - `texts`, `quality_text`, `quality_pair`, `row_logits`, `quality_figures`, `quality`: what a packed model loses, by the
@@ -49,9 +49,11 @@ from typing import TYPE_CHECKING
 from lamella_engine.errors import EngineError, ModelError, SequenceError
 from lamella_engine.options import EngineOptions
 from lamella_engine.sequence_types import (
+    AnswerFormat,
     EngineCounters,
     EngineFacts,
     FinishReason,
+    FormatKind,
     Sampling,
     SequenceFinished,
     SequencePrefill,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from lamella_engine.shard_store import ShardStore
 
 __all__ = [
+    "AnswerFormat",
     "AutoModel",
     "Engine",
     "EngineCounters",
@@ -74,6 +77,7 @@ __all__ = [
     "EngineFacts",
     "EngineOptions",
     "FinishReason",
+    "FormatKind",
     "GenerateOutput",
     "ModelError",
     "Sampling",

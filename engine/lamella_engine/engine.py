@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from lamella_engine.admission import Admission
 from lamella_engine.batch_limit import BatchLimit
-from lamella_engine.detokenizer import Detokenizer
 from lamella_engine.device import peak_rss_bytes, resolve_device
 from lamella_engine.errors import EngineClosed, EngineError, OptionError, SequenceError
 from lamella_engine.kv_shape import context_tokens
@@ -26,10 +26,9 @@ from lamella_engine.options import EngineOptions
 from lamella_engine.out_of_memory import free_what_is_cached, is_out_of_memory
 from lamella_engine.outbox import Outbox
 from lamella_engine.placement import Plan
-from lamella_engine.prompt_step import check_step, step_tokens
-from lamella_engine.sampler import sample
+from lamella_engine.sampler import Choice, sample
 from lamella_engine.scheduler import Ride, Scheduler
-from lamella_engine.sequence import Sequence, check_samples
+from lamella_engine.sequence import Sequence
 from lamella_engine.sequence_types import (
     EngineCounters,
     EngineFacts,
@@ -79,6 +78,7 @@ class Engine:
         self._cache = model.open_pool()
         whole = self._cache if model.reads_whole and isinstance(self._cache, StatePool) else None
         beside = None if whole is None else whole.pages_beside
+        self._admission = Admission(model, codec, self._cache, options, self.end_token_ids)
         self._scheduler = Scheduler(self._cache, options.max_sequences, model.plan.sweep_tokens, beside)
         self._options = options
         self._max_sequences = options.max_sequences
@@ -185,7 +185,7 @@ class Engine:
             SequenceError: it cannot run (``code`` says why); nothing was added.
             EngineClosed: the engine is closed.
         """
-        sequence = self._make_sequence(request)
+        sequence = self._admission.sequence(request)
         with self._wake:
             self._check_open()
             if request.sequence_id in self._live:
@@ -254,49 +254,6 @@ class Engine:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineError(f"the engine failed and must be opened again: {self._failure}") from self._failure
-
-    def _make_sequence(self, request: SequenceRequest) -> Sequence:
-        prompt_ids = self._prompt_ids(request)
-        room = min(self._context_length, self._cache.longest)
-        if self._model.reads_whole:
-            check_step(len(prompt_ids), self._model, self._cache, self._options, self._context_length)
-            room = room if self._model.keeps_state else min(room, step_tokens(self._model, self._options))
-        if len(prompt_ids) >= room:
-            what = "context" if room == self._context_length else "key-value cache (engine option kv_tokens)"
-            raise SequenceError(
-                "prompt_too_long",
-                f"the prompt has {len(prompt_ids)} tokens; the {what} of {self._model.sharded.name} holds {room}, "
-                "and at least one must be left for the answer. Shorten the prompt.",
-            )
-        check_samples(request, self._max_sequences)
-        if request.sampling.temperature > 0 and request.sampling.seed is None:
-            raise SequenceError("no_seed", "a sequence with temperature > 0 needs a seed")
-        if request.sampling.stop and self.codec is None:
-            raise SequenceError("no_tokenizer", "stop strings need a tokenizer, which this model does not ship")
-        stop, ends = request.sampling.stop, self.end_token_ids
-        first, *siblings = [
-            Sequence(request, prompt_ids, Detokenizer(self.codec.decode, stop) if self.codec else None, ends, room, n)
-            for n in range(request.num_samples)
-        ]
-        first.siblings = siblings
-        return first
-
-    def _prompt_ids(self, request: SequenceRequest) -> list[int]:
-        if request.prompt_ids is not None:
-            ids = list(request.prompt_ids)
-        elif self.codec is None:
-            raise SequenceError("no_tokenizer", "this model ships no tokenizer; submit token ids")
-        elif request.messages is not None:
-            ids = self.codec.encode_chat(request.messages)
-        else:
-            ids = self.codec.encode_prompt(request.prompt or "")
-        if not ids:
-            raise SequenceError("prompt_empty", "the prompt has no tokens; give at least one character of text")
-        vocabulary = int(self._model.config.vocab_size)
-        for token_id in (*ids, *request.generated_ids):
-            if not 0 <= token_id < vocabulary:
-                raise SequenceError("bad_token", f"token id {token_id} is outside the vocabulary of {vocabulary}")
-        return ids
 
     def _run(self) -> None:
         try:
@@ -378,10 +335,19 @@ class Engine:
             if choice.error is not None:
                 events += self._end(sequence, FinishReason.ERROR, choice.error.code, str(choice.error))
                 continue
-            events.append(sequence.accept(choice))
-            self._tokens += 1
-            if sequence.reason is not None:
-                events += self._end(sequence, sequence.reason)
+            events += self._accept(sequence, choice)
+
+    def _accept(self, sequence: Sequence, choice: Choice) -> list[SequenceEvent]:
+        before = len(sequence.generated_ids)
+        try:
+            sequence.accept(choice)
+        except SequenceError as error:
+            return self._end(sequence, FinishReason.ERROR, error.code, str(error))
+        self._tokens += len(sequence.generated_ids) - before
+        if sequence.reason is not None:
+            return self._end(sequence, sequence.reason)
+        news = sequence.news()
+        return [] if news is None else [news]
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, error_code: str | None = None, error: str | None = None
@@ -391,7 +357,12 @@ class Engine:
         if not self._scheduler.find(sequence.sequence_id):
             with self._wake:
                 self._live.discard(sequence.sequence_id)
-        return [ended.finished(reason, error_code, error) for ended in (sequence, *sequence.siblings)]
+        events: list[SequenceEvent] = []
+        for ended in (sequence, *sequence.siblings):
+            news = ended.news()
+            events += [] if news is None else [news]
+            events.append(ended.finished(reason, error_code, error))
+        return events
 
     def _wait_for_work(self) -> None:
         with self._wake:

@@ -1,6 +1,7 @@
 """Chooses the next token of each sequence from the logits of a sweep.
 
-Order of steps, as in transformers: penalties, temperature, top-k, top-p, min-p, draw. The draw is the Gumbel-max
+Order of steps, as in transformers: penalties, bias, mask (these three in `adjustments`), temperature, top-k, top-p,
+min-p, draw. The draw is the Gumbel-max
 trick with noise that is a function of (seed, position, token) alone, so that batching, resuming and the device do not
 change it. Logits differ in their last bits between a prefill and a decoding sweep; with this draw such a difference
 matters only where the two best sums are as close as that, however large the vocabulary. (Inverting the cumulative
@@ -15,17 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lamella_engine.adjustments import Draw, adjust
 from lamella_engine.errors import SequenceError
 from lamella_engine.sequence_types import Sampling, TokenLogprobs
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What the sampler must know of one sequence: its parameters and its tokens so far."""
-
-    sampling: Sampling
-    prompt_ids: list[int]
-    generated_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -40,19 +33,25 @@ class Choice:
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
     """One `Choice` per row of `logits` (float32 [len(draws), vocabulary]); a row that is not finite gets an error."""
     best = logits.max(-1)  # of a row with a NaN in it that is NaN: one pass over the logits finds everything
-    adjusted, (broken, tokens) = logits, torch.stack((~torch.isfinite(best.values), best.indices)).tolist()
-    if any(_has_penalty(draw.sampling) for draw in draws):
-        adjusted = torch.stack([_penalise(row, draw) for row, draw in zip(logits, draws, strict=True)])
-        tokens = adjusted.argmax(-1).tolist()
-    random = [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0 and not broken[i]]
-    for i in random:
-        tokens[i] = _draw_token(adjusted[i], draws[i].sampling, len(draws[i].generated_ids))
+    broken, tokens = torch.stack((~torch.isfinite(best.values), best.indices)).tolist()
+    errors: dict[int, SequenceError] = {i: _not_finite() for i in range(len(draws)) if broken[i]}
+    changed = [i for i, draw in enumerate(draws) if draw.adjusts and not broken[i]]
+    rows: dict[int, torch.Tensor] = {}
+    if changed:
+        adjusted = logits[changed]
+        refusals = adjust(adjusted, [draws[i] for i in changed])
+        errors |= {i: error for i, error in zip(changed, refusals, strict=True) if error is not None}
+        rows = dict(zip(changed, adjusted, strict=True))
+        for i, token in zip(changed, adjusted.argmax(-1).tolist(), strict=True):
+            tokens[i] = token
     choices = []
     for i, draw in enumerate(draws):
-        if broken[i]:
-            choices.append(Choice(0, None, _not_finite()))
-        else:
-            choices.append(Choice(tokens[i], _logprobs(logits[i], tokens[i], draw.sampling.logprobs)))
+        if i in errors:
+            choices.append(Choice(0, None, errors[i]))
+            continue
+        if draw.sampling.temperature > 0:
+            tokens[i] = _draw_token(rows[i] if i in rows else logits[i], draw.sampling, len(draw.generated_ids))
+        choices.append(Choice(tokens[i], _logprobs(logits[i], tokens[i], draw.sampling.logprobs)))
     return choices
 
 
@@ -88,25 +87,6 @@ def _not_finite() -> SequenceError:
         "the model's output is not a number; the compute type overflows on this model. "
         "Run it with dtype bfloat16 or float32.",
     )
-
-
-def _has_penalty(sampling: Sampling) -> bool:
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
-
-
-def _penalise(row: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """`row` after the penalties: repetition over prompt and generated tokens, the others over generated ones."""
-    sampling = draw.sampling
-    row = row.clone()
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*draw.prompt_ids, *draw.generated_ids}), device=row.device)
-        scores = row[seen]
-        row[seen] = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
-    if draw.generated_ids and (sampling.presence_penalty or sampling.frequency_penalty):
-        tokens = torch.tensor(draw.generated_ids, device=row.device)
-        seen, counts = torch.unique(tokens, return_counts=True)
-        row[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-    return row
 
 
 def _draw_token(row: torch.Tensor, sampling: Sampling, position: int) -> int:

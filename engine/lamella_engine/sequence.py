@@ -2,7 +2,9 @@
 
 Changed by the sweep thread only; the `scheduler` decides when it rides, the `engine` hands it what a sweep brought. A
 resumed sequence replays the tokens of its earlier life, and a preempted one keeps its own, so that text pieces,
-penalties and random draws continue as if nothing had happened. Several samples of one prompt are a sequence each.
+penalties, random draws and formats continue as if nothing had happened. Several samples of one prompt are a sequence
+each. Tokens that a format leaves no choice about are appended as soon as they are known: they need no sweep of their
+own but ride the next one with the token before them, as a prompt's do.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import time
 from dataclasses import replace
 from typing import Protocol
 
+from lamella_engine.adjustments import Draw
 from lamella_engine.detokenizer import Detokenizer
 from lamella_engine.errors import SequenceError
+from lamella_engine.grammar import GrammarWalk
 from lamella_engine.packing import Span
-from lamella_engine.sampler import Choice, Draw
+from lamella_engine.sampler import Choice
 from lamella_engine.sequence_types import (
     FinishReason,
     Sampling,
@@ -23,6 +27,7 @@ from lamella_engine.sequence_types import (
     SequencePrefill,
     SequenceRequest,
     SequenceTokens,
+    TokenLogprobs,
 )
 from lamella_engine.stepwise import StepSpan
 
@@ -56,6 +61,7 @@ class Sequence:
         end_ids: frozenset[int],
         context_length: int,
         sample: int = 0,
+        walk: GrammarWalk | None = None,
     ) -> None:
         self.sequence_id = request.sequence_id
         self.sample = sample
@@ -75,8 +81,12 @@ class Sequence:
         self._limit = min(len(prompt_ids) + request.sampling.max_tokens, context_length)
         self._told = 0  # tokens of which a prefill event told; what is computed again after a preemption is no news
         self._began = time.monotonic()
+        self._walk = walk
         for token_id in request.generated_ids:
             self._append(token_id)
+        self._logprobs: tuple[TokenLogprobs, ...] | None = None  # of tokens not told of
+        self._emitted = len(self.generated_ids)  # generated tokens of which an event told
+        self._unsent = self._append_forced()  # their text
 
     @property
     def places(self) -> int:
@@ -129,15 +139,28 @@ class Sequence:
 
     def draw(self) -> Draw:
         """What the sampler must know to choose its next token."""
-        return Draw(self.sampling, self.prompt_ids, self.generated_ids)
+        return Draw(self.sampling, self.prompt_ids, self.generated_ids, self._walk)
 
-    def accept(self, choice: Choice) -> SequenceTokens:
-        """Take the chosen token; the event that tells of it. May set `reason`."""
-        position = len(self.generated_ids)
-        text = self._append(choice.token_id)
-        logprobs = None if choice.logprobs is None else (choice.logprobs,)
+    def accept(self, choice: Choice) -> None:
+        """Take the chosen token, and those that must follow. May set `reason`.
+
+        Raises:
+            SequenceError: its format cannot be followed further.
+        """
+        self._unsent += self._append(choice.token_id)
+        self._logprobs = None if choice.logprobs is None else (choice.logprobs,)
+        self._unsent += self._append_forced()
         self._told = self.length
-        return SequenceTokens(self.sequence_id, position, (choice.token_id,), text, logprobs, self.sample)
+
+    def news(self) -> SequenceTokens | None:
+        """The event that tells of its tokens that no event told of yet; None if there are none."""
+        position = self._emitted
+        token_ids = tuple(self.generated_ids[position:])
+        if not token_ids:
+            return None
+        text, logprobs = self._unsent, self._logprobs
+        self._emitted, self._unsent, self._logprobs = len(self.generated_ids), "", None
+        return SequenceTokens(self.sequence_id, position, token_ids, text, logprobs, self.sample)
 
     def finished(
         self, reason: FinishReason, error_code: str | None = None, error: str | None = None
@@ -160,15 +183,29 @@ class Sequence:
     def _append(self, token_id: int) -> str:
         """Add a generated token and return the text it shows; sets `reason` where it is the last one."""
         self.generated_ids.append(token_id)
-        text, is_stopped = "", False
-        if self._detokenizer is not None and token_id not in self._end_ids:
+        text, is_stopped, is_end = "", False, token_id in self._end_ids
+        if self._detokenizer is not None and not is_end:
             text, is_stopped = self._detokenizer.push(token_id)
-        if is_stopped or token_id in self._end_ids:
+        if self._walk is not None and not is_end:
+            self._walk.take(token_id)
+            is_end = self._walk.is_complete
+        if is_stopped or is_end:
             self.reason = FinishReason.STOP
         elif self.length >= self._limit:
             self.reason = FinishReason.LENGTH
         if self.reason is not None and self._detokenizer is not None and not is_stopped:
             text += self._detokenizer.flush()
+        return text
+
+    def _append_forced(self) -> str:
+        """Add the tokens that must come next and return their text; none for one whose logits are asked for."""
+        text = ""
+        if self._walk is None or self.sampling.logprobs is not None:
+            return text
+        while self.reason is None and (forced := self._walk.forced()):
+            for token_id in forced:
+                if self.reason is None:
+                    text += self._append(token_id)
         return text
 
 

@@ -26,7 +26,8 @@ class Sampling:
     """How tokens are chosen; same meaning and defaults as the wire's SamplingParams.
 
     `seed` must be set where `temperature` > 0: the draw at a position is a function of (seed, position) alone.
-    `logprobs` is the number of alternatives reported per position (0: the chosen token only), None for none.
+    `logprobs` is the number of alternatives reported per position (0: the chosen token only), None for none; they are
+    the model's own, before penalties, `logit_bias` (token id, what is added to its logit) and masks.
     """
 
     max_tokens: int = 256
@@ -42,6 +43,25 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None
+
+
+class FormatKind(StrEnum):
+    """How a format says what an answer looks like."""
+
+    JSON_OBJECT = "json_object"  # any JSON object; no source
+    JSON_SCHEMA = "json_schema"  # a JSON schema as JSON
+    REGEX = "regex"  # a regular expression that the whole answer matches
+    CHOICE = "choice"  # one of the texts of a JSON list
+    LARK = "lark"  # a grammar in llguidance's variant of Lark
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """What an answer must look like; `source` as its kind has it."""
+
+    kind: FormatKind
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class SequenceRequest:
     `generated_ids` are tokens drawn in an earlier life of the sequence: they are prefilled after the prompt, count
     against `max_tokens`, and no event is made for them again. `num_samples` continuations of the prompt run side by
     side, each with a random stream and an end of its own; the first one is what a request of one sample would get.
+    With an `answer_format` no other answer can come; it ends where nothing may follow.
     """
 
     sequence_id: str
@@ -60,6 +81,7 @@ class SequenceRequest:
     messages: tuple[tuple[str, str], ...] | None = None
     generated_ids: tuple[int, ...] = ()
     num_samples: int = 1
+    answer_format: AnswerFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SequenceTokens:
-    """The tokens one sweep brought to one sample of a sequence.
+    """The tokens one sweep brought to one sample of a sequence: the one chosen, and those its format leaves no choice
+    about.
 
     `position` counts generated tokens from 0 and is the index of ``token_ids[0]``; `text` is what the tokens add to
     the visible text (empty while a character or a possible stop string is incomplete).

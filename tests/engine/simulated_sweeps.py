@@ -115,7 +115,9 @@ class SimulatedSweeps:
     def _accept(self, sequence: Sequence) -> None:
         position = len(sequence.generated_ids)
         token = 1_000_000 + (self.ages[sequence.sequence_id] * 64 + sequence.sample) * 4096 + position
-        event = sequence.accept(Choice(token, None))
+        sequence.accept(Choice(token, None))
+        event = sequence.news()
+        assert event is not None
         assert (event.position, event.sample) == (position, sequence.sample)
         self.token_sweeps.setdefault((sequence.sequence_id, sequence.sample), []).append(self.sweeps)
         if sequence.reason is not None:

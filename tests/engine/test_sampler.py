@@ -14,7 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lamella_engine.sampler import Draw, gumbel_noise, sample
+from lamella_engine.adjustments import Draw
+from lamella_engine.sampler import gumbel_noise, sample
 from lamella_engine.sequence_types import Sampling
 
 VOCABULARY = 1000

@@ -1,0 +1,117 @@
+"""From a request to sequences that are sure to fit: the prompt's tokens, and what an engine refuses, with the reason.
+
+Owns the checks at the door, in the caller's thread; `engine` submits through it, `scheduler` decides when what it made
+rides. It changes nothing, so it may be called from many threads at once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lamella_engine.detokenizer import Detokenizer
+from lamella_engine.errors import SequenceError
+from lamella_engine.grammar import Grammars, GrammarWalk
+from lamella_engine.kv_shape import context_tokens
+from lamella_engine.options import EngineOptions
+from lamella_engine.prompt_step import check_step, step_tokens
+from lamella_engine.sequence import Sequence, check_samples
+from lamella_engine.sequence_types import Sampling, SequenceRequest
+from lamella_engine.sweep import SweepModel
+from lamella_engine.text import TextCodec
+
+
+class Room(Protocol):
+    """The memory that sequences run in."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence it holds alone."""
+
+
+class Admission:
+    """Makes the sequences of one engine.
+
+    Args:
+        model: what runs them.
+        codec: its tokenizer, or None if it ships none.
+        room: where they run.
+        options: the engine's.
+        end_ids: tokens that end a text.
+    """
+
+    def __init__(
+        self, model: SweepModel, codec: TextCodec | None, room: Room, options: EngineOptions, end_ids: frozenset[int]
+    ) -> None:
+        self._model = model
+        self._codec = codec
+        self._room = room
+        self._options = options
+        self._end_ids = end_ids
+        self._context_length = context_tokens(model.config)
+        self._vocabulary = int(model.config.vocab_size)
+        self._grammars = Grammars(codec, self._vocabulary, end_ids)
+
+    def sequence(self, request: SequenceRequest) -> Sequence:
+        """The request's first sample, with the others as its siblings.
+
+        Raises:
+            SequenceError: it cannot run here; ``code`` says why.
+        """
+        prompt_ids = self._prompt_ids(request)
+        room = self._check_room(prompt_ids)
+        check_samples(request, self._options.max_sequences)
+        self._check_sampling(request.sampling)
+        walk = None if request.answer_format is None else self._grammars.walk(request.answer_format)
+        first, *siblings = [
+            self._sample(request, prompt_ids, room, index, None if walk is None else walk.copy())
+            for index in range(request.num_samples)
+        ]
+        first.siblings = siblings
+        return first
+
+    def _sample(
+        self, request: SequenceRequest, prompt_ids: list[int], room: int, index: int, walk: GrammarWalk | None
+    ) -> Sequence:
+        detokenizer = Detokenizer(self._codec.decode, request.sampling.stop) if self._codec else None
+        return Sequence(request, prompt_ids, detokenizer, self._end_ids, room, index, walk)
+
+    def _check_room(self, prompt_ids: list[int]) -> int:
+        """The tokens that a sequence of this prompt may have at most."""
+        room = min(self._context_length, self._room.longest)
+        if self._model.reads_whole:
+            check_step(len(prompt_ids), self._model, self._room, self._options, self._context_length)
+            room = room if self._model.keeps_state else min(room, step_tokens(self._model, self._options))
+        if len(prompt_ids) >= room:
+            what = "context" if room == self._context_length else "key-value cache (engine option kv_tokens)"
+            raise SequenceError(
+                "prompt_too_long",
+                f"the prompt has {len(prompt_ids)} tokens; the {what} of {self._model.sharded.name} holds {room}, "
+                "and at least one must be left for the answer. Shorten the prompt.",
+            )
+        return room
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        if sampling.temperature > 0 and sampling.seed is None:
+            raise SequenceError("no_seed", "a sequence with temperature > 0 needs a seed")
+        if sampling.stop and self._codec is None:
+            raise SequenceError("no_tokenizer", "stop strings need a tokenizer, which this model does not ship")
+        self._check_tokens([token_id for token_id, _ in sampling.logit_bias or ()])
+
+    def _prompt_ids(self, request: SequenceRequest) -> list[int]:
+        if request.prompt_ids is not None:
+            ids = list(request.prompt_ids)
+        elif self._codec is None:
+            raise SequenceError("no_tokenizer", "this model ships no tokenizer; submit token ids")
+        elif request.messages is not None:
+            ids = self._codec.encode_chat(request.messages)
+        else:
+            ids = self._codec.encode_prompt(request.prompt or "")
+        if not ids:
+            raise SequenceError("prompt_empty", "the prompt has no tokens; give at least one character of text")
+        self._check_tokens([*ids, *request.generated_ids])
+        return ids
+
+    def _check_tokens(self, token_ids: list[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocabulary:
+                raise SequenceError("bad_token", f"token id {token_id} is outside the vocabulary of {self._vocabulary}")
