@@ -338,16 +338,18 @@ class Engine:
             events += self._accept(sequence, choice)
 
     def _accept(self, sequence: Sequence, choice: Choice) -> list[SequenceEvent]:
-        before = len(sequence.generated_ids)
         try:
             sequence.accept(choice)
         except SequenceError as error:
             return self._end(sequence, FinishReason.ERROR, error.code, str(error))
-        self._tokens += len(sequence.generated_ids) - before
-        if sequence.reason is not None:
-            return self._end(sequence, sequence.reason)
+        return self._news(sequence) if sequence.reason is None else self._end(sequence, sequence.reason)
+
+    def _news(self, sequence: Sequence) -> list[SequenceEvent]:
         news = sequence.news()
-        return [] if news is None else [news]
+        if news is None:
+            return []
+        self._tokens += len(news.token_ids)
+        return [news]
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, error_code: str | None = None, error: str | None = None
@@ -359,8 +361,7 @@ class Engine:
                 self._live.discard(sequence.sequence_id)
         events: list[SequenceEvent] = []
         for ended in (sequence, *sequence.siblings):
-            news = ended.news()
-            events += [] if news is None else [news]
+            events += self._news(ended)
             events.append(ended.finished(reason, error_code, error))
         return events
 

@@ -28,6 +28,7 @@ UNSUPPORTED = "response_format_unsupported"  # this worker or model has no forma
 REFUSED = "bad_response_format"  # this one format cannot be enforced
 STUCK = "response_format_stuck"  # the answer cannot go on in its format
 MAX_REASON_CHARS = 300
+MAX_LEXER_STATES = 50_000  # of one answer, 1 to 2 kB each; what people write has some hundred
 # JSON as json.dumps writes it: what is not left to the model costs no sweep, and no model loses itself in spaces.
 _JSON_FORM: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -59,9 +60,12 @@ class Grammars:
 
         try:
             grammar = _grammar(answer_format)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _refused(answer_format, str(error)) from error
-        matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
+        matcher = LLMatcher(tokens, grammar, log_level=0, limits=limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some are found to be too large here only
         if matcher.is_error():
             raise _refused(answer_format, matcher.get_error())
         return GrammarWalk(matcher, forces=tokens.is_canonical)
@@ -147,8 +151,8 @@ def _grammar(answer_format: AnswerFormat) -> str:
         case FormatKind.JSON_OBJECT:
             return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON_FORM)
         case FormatKind.JSON_SCHEMA:
-            json.loads(source)
-            return LLMatcher.grammar_from_json_schema(source, defaults=_JSON_FORM)
+            anything = json.loads(source) is True
+            return LLMatcher.grammar_from_json_schema("{}" if anything else source, defaults=_JSON_FORM)
         case FormatKind.REGEX:
             return LLMatcher.grammar_from_regex(source)
         case FormatKind.CHOICE:
