@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lamella.chat import ToolCall
 from lamella.errors import JobCancelled, JobError, JobFailed
 from lamella.messages import Cancelled, Done, Failed, Progress, TokenEvent, TokenLogprob, Usage
 from lamella.stream_order import StreamItem
+from lamella.tool_calls import AnswerDelta, ToolCallParser
 
 
 @dataclass(frozen=True)
@@ -17,9 +19,10 @@ class Completion:
         job_id: the job.
         text: the generated text.
         token_ids: the generated tokens.
-        finish_reason: ``stop`` (end token, stop string or stop id) or ``length``.
+        finish_reason: ``stop`` (end token, stop string or stop id), ``length``, or ``tool_calls``.
         usage: what it cost.
         logprobs: one entry a token, if asked for.
+        tool_calls: the calls of tools in the answer; they are not part of `text`.
     """
 
     job_id: str
@@ -28,6 +31,7 @@ class Completion:
     finish_reason: str
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class CompletionBuilder:
@@ -39,9 +43,18 @@ class CompletionBuilder:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._parser: ToolCallParser | None = None
 
     def add(self, item: StreamItem) -> str:
-        """Take the next event and return the text it adds.
+        """Take the next event and return the text it adds; calls of tools are not text.
+
+        Raises:
+            As `delta`.
+        """
+        return self.delta(item).text
+
+    def delta(self, item: StreamItem) -> AnswerDelta:
+        """Take the next event and return what it adds, text and parts of calls.
 
         Raises:
             JobFailed: the job failed.
@@ -57,25 +70,34 @@ class CompletionBuilder:
                 )
             self._last = item.seq
         match item.event:
-            case TokenEvent(token_ids=token_ids, text=text, logprobs=logprobs):
-                self._texts.append(text)
-                self._token_ids.extend(token_ids)
-                self._logprobs.extend(logprobs or ())
-                return text
+            case TokenEvent() as event:
+                self._token_ids.extend(event.token_ids)
+                self._logprobs.extend(event.logprobs or ())
+                if event.tool_format is not None:
+                    self._parser = ToolCallParser(event.tool_format, self._job_id)
+                return self._kept(AnswerDelta(event.text) if self._parser is None else self._parser.push(event.text))
             case Failed(code=code, message=message):
                 raise JobFailed(self._job_id, code, message)
             case Cancelled():
                 raise JobCancelled(self._job_id)
+            case Done() if self._parser is not None:
+                return self._kept(self._parser.end())
             case Done() | Progress():
-                return ""
+                return AnswerDelta("")
+
+    def _kept(self, delta: AnswerDelta) -> AnswerDelta:
+        self._texts.append(delta.text)
+        return delta
 
     def completion(self, done: Done) -> Completion:
         """Return the whole, given the event that ended it."""
+        calls = () if self._parser is None else self._parser.calls
         return Completion(
             job_id=self._job_id,
             text="".join(self._texts),
             token_ids=tuple(self._token_ids),
-            finish_reason=done.finish_reason,
+            finish_reason="tool_calls" if calls and done.finish_reason == "stop" else done.finish_reason,
             usage=done.usage,
             logprobs=tuple(self._logprobs) if self._logprobs else None,
+            tool_calls=calls,
         )

@@ -1,7 +1,8 @@
 """Every message that crosses Redis, as frozen types: requests in, stream events and status out.
 
 Owns the shapes and their validation; knows nothing of keys, scripts or connections. Both ends decode with these
-types, so a message that decodes is a message that is valid. A job's life on the wire is
+types, so a message that decodes is a message that is valid. Parts of requests that have rules of their own are in
+`chat`, `response_format` and `embedding`. A job's life on the wire is
 
     GenerateRequest -> TokenEvent, TokenEvent, ... -> exactly one of Done | Failed | Cancelled
 
@@ -15,29 +16,27 @@ import re
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from lamella.chat import MAX_TOOLS, FunctionTool, ToolChoice, check_tools
+from lamella.chat import ChatMessage as ChatMessage
 from lamella.errors import DecodeError
+from lamella.response_format import ResponseFormat
+from lamella.wire import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
+from lamella.wire import MAX_TOKEN_ID, TokenId, check_unicode, count_characters
+from lamella.wire import Wire as Wire
 
-SCHEMA_VERSION = 1
-MAX_PROMPT_CHARS = 4_000_000
+SCHEMA_VERSION = 2  # the newest this version reads; a job is marked with the oldest that reads it
 MAX_CHAT_MESSAGES = 100_000
 MAX_REQUEST_CHARS = 6 * MAX_PROMPT_CHARS + 8_000_000  # as JSON, where a character may take six
 MAX_EVENT_CHARS = 16_000_000
 MAX_HEARTBEAT_CHARS = 100_000
-MAX_TOKEN_ID = 2**31 - 1
 MAX_TOKENS_LIMIT = 1_000_000
+MAX_BIASES = 300
 
 _MODEL_NAME = re.compile(
     r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[0-9a-f]{7,64})?(~[a-z0-9][a-z0-9-]*)?\Z", re.ASCII
 )
-
-
-class Wire(BaseModel):
-    """Base of all messages: frozen, no unknown keys, no silent conversion."""
-
-    # An error's text never repeats what was wrong: it may be a prompt, and errors end up in logs.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def check_model_name(name: str) -> str:
@@ -87,22 +86,13 @@ class Priority(StrEnum):
         return list(cls)[rank]
 
 
-class ChatMessage(Wire):
-    """One turn of a conversation, rendered by the model's own chat template."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str = Field(repr=False)
-
-
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-
-
 class SamplingParams(Wire):
     """How tokens are chosen; the defaults are greedy decoding.
 
     `seed` fixes the random draw of every position, so that a resumed or batched job draws the same tokens; the client
     fills in a random one when it is None and `temperature` > 0. Penalties follow transformers (repetition) and the
-    OpenAI API (presence, frequency: over generated tokens only).
+    OpenAI API (presence, frequency: over generated tokens only). `logit_bias` adds to the logits of tokens, as (id,
+    -100 to 100).
     """
 
     max_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS_LIMIT)
@@ -118,12 +108,22 @@ class SamplingParams(Wire):
     stop_token_ids: tuple[TokenId, ...] = Field(default=(), max_length=64)
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    logit_bias: tuple[tuple[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], ...] | None = Field(
+        default=None, min_length=1, max_length=MAX_BIASES
+    )
 
     @field_validator("stop")
     @classmethod
     def _stop_is_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
-            _check_unicode(text, "a stop string")
+            check_unicode(text, "a stop string")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _names_tokens_once(cls, value: tuple[tuple[int, float], ...] | None) -> tuple[tuple[int, float], ...] | None:
+        if value is not None and len({token_id for token_id, _ in value}) < len(value):
+            raise ValueError("a token has two biases")
         return value
 
 
@@ -136,6 +136,20 @@ class GenerateRequest(Wire):
     prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARS, repr=False)
     messages: tuple[ChatMessage, ...] | None = Field(default=None, max_length=MAX_CHAT_MESSAGES, repr=False)
     sampling: SamplingParams = SamplingParams()
+    response_format: ResponseFormat | None = None
+    tools: tuple[FunctionTool, ...] | None = Field(default=None, min_length=1, max_length=MAX_TOOLS, repr=False)
+    tool_choice: ToolChoice | None = None
+
+    @property
+    def needs_schema(self) -> int:
+        """The oldest schema whose workers read it; older ones leave it alone."""
+        has_news = self.response_format is not None or self.sampling.logit_bias is not None
+        return 2 if has_news or self.concerns_tools or self.tool_choice is not None else 1
+
+    @property
+    def concerns_tools(self) -> bool:
+        """Whether only a template that knows tools can render it."""
+        return self.tools is not None or any(message.concerns_tools for message in self.messages or ())
 
     @field_validator("model")
     @classmethod
@@ -148,21 +162,27 @@ class GenerateRequest(Wire):
             raise ValueError("give exactly one of prompt (raw text) and messages (chat)")
         if self.prompt is not None and not self.prompt:
             raise ValueError("the prompt is empty; give at least one character")
-        if self.messages is not None:
-            if not any(message.content for message in self.messages):
-                raise ValueError("the chat has no text; give at least one message with content")
-            if sum(len(message.content) for message in self.messages) > MAX_PROMPT_CHARS:
-                raise ValueError(f"the chat is longer than {MAX_PROMPT_CHARS} characters")
-        for text in (self.prompt or "", *(m.content for m in self.messages or ())):
-            _check_unicode(text, "the prompt")
+        if self.messages is not None and not any(message.content for message in self.messages):
+            raise ValueError("the chat has no text; give at least one message with content")
+        texts = [self.prompt or "", *(text for message in self.messages or () for text in message.texts)]
+        count_characters("the chat", MAX_PROMPT_CHARS, *texts)
+        for text in texts:
+            check_unicode(text, "the prompt")
         return self
 
-
-def _check_unicode(text: str, what: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not valid text (a lone surrogate at character {error.start})") from error
+    @model_validator(mode="after")
+    def _terms_fit(self) -> GenerateRequest:
+        check_tools(self.tools, self.tool_choice)
+        if self.tools is not None and self.messages is None:
+            raise ValueError("tools need a chat: give messages in place of a prompt")
+        if self.response_format is not None:
+            if self.tools is not None and self.tool_choice != "none":
+                raise ValueError("response_format and tools exclude each other; give one, or tool_choice='none'")
+            if self.sampling.ignore_eos:
+                raise ValueError("ignore_eos and response_format exclude each other: the format says where to end")
+        if self.sampling.ignore_eos and self.tools is not None and self.tool_choice not in (None, "auto", "none"):
+            raise ValueError("ignore_eos and a tool_choice that forces a call exclude each other")
+        return self
 
 
 class Usage(Wire):
@@ -187,16 +207,21 @@ class TokenLogprob(Wire):
     top: tuple[tuple[TokenId, float], ...] = ()
 
 
+ToolFormat = Literal["hermes", "llama3", "mistral", "mistral_args"]
+
+
 class TokenEvent(Wire):
     """The tokens that one sweep brought to one job.
 
     `text` is what they add to the visible text; it is empty while a character or a possible stop string is incomplete.
+    `tool_format`, of the first event of a job with tools, says how calls look in the text of this model.
     """
 
     type: Literal["token"] = "token"
     token_ids: tuple[TokenId, ...] = Field(repr=False)
     text: str = Field(repr=False)
     logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_format: ToolFormat | None = None
 
 
 class Done(Wire):

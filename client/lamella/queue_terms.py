@@ -80,7 +80,8 @@ class Cost(NamedTuple):
 
 def expected_cost(request: GenerateRequest) -> Cost:
     """Estimate a request's cost; what it really used replaces it when the job ends."""
-    texts = [request.prompt or "", *(message.content for message in request.messages or ())]
+    texts = [request.prompt or "", *(text for message in request.messages or () for text in message.texts)]
+    texts += [text for tool in request.tools or () for text in (tool.description or "", tool.parameters or "")]
     prompt = 1 + sum(map(len, texts)) // CHARS_A_TOKEN
     answer = request.sampling.max_tokens
     must_go_on = request.sampling.ignore_eos and not request.sampling.stop and not request.sampling.stop_token_ids

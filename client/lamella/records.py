@@ -25,6 +25,7 @@ from lamella.messages import (
 
 log = logging.getLogger(__name__)
 
+_SCHEMAS = tuple(str(version) for version in range(1, SCHEMA_VERSION + 1))
 STATUS_FIELDS = (
     "v",
     "state",
@@ -52,9 +53,9 @@ def decode_status(job_id: str, values: Sequence[object]) -> JobStatus | None:
     record = dict(zip(STATUS_FIELDS, values, strict=True))
     if record["state"] is None:
         return None
-    if record["v"] != str(SCHEMA_VERSION):
+    if record["v"] not in _SCHEMAS:
         raise DecodeError(
-            f"the record of job {job_id} has schema {record['v']!r}, this version reads {SCHEMA_VERSION}; "
+            f"the record of job {job_id} has schema {record['v']!r}, this version reads {' and '.join(_SCHEMAS)}; "
             "use the lamella version that wrote it"
         )
     try:

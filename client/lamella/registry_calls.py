@@ -186,7 +186,7 @@ def submit_call(
         (keys.job(job_id), keys.idempotency(idempotency.key) if idempotency else keys.job(job_id)),
         (
             job_id,
-            SCHEMA_VERSION,
+            request.needs_schema,
             request.model,
             request.model_dump_json(exclude_none=True) if stored_request is None else stored_request,
             wire_keys.MAX_QUEUED,

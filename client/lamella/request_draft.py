@@ -6,16 +6,18 @@ arguments), `submission` (which picks the model and sends the request).
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TypedDict
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from lamella.answer_terms import AnswerTerms, checked_answer_terms, checked_messages
+from lamella.chat import FunctionTool, NamedTool
 from lamella.errors import RequestError
 from lamella.messages import (
     MAX_PROMPT_CHARS,
@@ -25,12 +27,18 @@ from lamella.messages import (
     SamplingParams,
     check_model_name,
 )
+from lamella.mistakes import explained, shown
 from lamella.queue_terms import DEFAULT_TERMS, QueueTerms, checked_terms
+from lamella.response_format import FormatArgument
 
 SAMPLING_KEYS = tuple(SamplingParams.model_fields)
 MAX_KEY_CHARS = 200
 
-Messages = Sequence[ChatMessage | Mapping[str, str]]
+NO_TERMS = AnswerTerms()
+_NEWER_FIELDS = ("logit_bias", "tool_calls", "tool_call_id")
+_ANSWER: TypeAdapter[object] = TypeAdapter(object)
+
+Messages = Sequence[ChatMessage | Mapping[str, object]]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -49,6 +57,7 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
+    logit_bias: Mapping[int, float] | Mapping[str, float] | Sequence[tuple[int, float]] | None
 
 
 class SubmitOptions(SamplingOptions, total=False):
@@ -60,6 +69,11 @@ class SubmitOptions(SamplingOptions, total=False):
 
     Jobs of `user` (default: one anonymous user) share the workers fairly with those of other users; `priority` is
     "high", "normal" (default) or "low"; after `deadline_s` seconds the job is ended, with what it has by then.
+
+    `response_format` says what the answer must look like: ``{"type": "json_object"}``, ``{"type": "json_schema",
+    "schema": {...}}`` (or OpenAI's nested form, or a pydantic model's class), ``{"type": "regex", "regex": "..."}``,
+    ``{"type": "choice", "choice": [...]}`` or ``{"type": "grammar", "grammar": "..."}``. `tools` are functions that the
+    model may call, in OpenAI's form; `tool_choice` is "auto" (default), "none", "required" or one tool.
     """
 
     messages: Messages | None
@@ -70,6 +84,9 @@ class SubmitOptions(SamplingOptions, total=False):
     user: str | None
     priority: Priority | str
     deadline_s: float | None
+    response_format: FormatArgument | None
+    tools: Sequence[FunctionTool | Mapping[str, object]] | None
+    tool_choice: NamedTool | Mapping[str, object] | str | None
 
 
 @dataclass(frozen=True)
@@ -83,15 +100,18 @@ class RequestDraft:
     idempotency_key: str | None
     require_worker: bool
     terms: QueueTerms = DEFAULT_TERMS
+    answer: AnswerTerms = NO_TERMS
 
     def request_hash(self) -> str:
         """Return a hash of the request as it was asked for, before model and seed are filled in."""
         asked: dict[str, object] = {
             "prompt": self.prompt,
-            "messages": [message.model_dump() for message in self.messages] if self.messages is not None else None,
+            "messages": None if self.messages is None else [_as_asked(message) for message in self.messages],
             "model": self.model,
-            "sampling": self.sampling.model_dump(),
+            "sampling": _as_asked(self.sampling),
         }
+        if self.answer != NO_TERMS:
+            asked["answer"] = [_ANSWER.dump_python(term, mode="json") for term in self.answer]
         if self.terms != DEFAULT_TERMS:
             asked["terms"] = list(self.terms)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
@@ -101,7 +121,7 @@ class RequestDraft:
         sampling = self.sampling
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = sampling.model_copy(update={"seed": secrets.randbits(63)})
-        return _validated_request(self.prompt, self.messages, model, sampling)
+        return _validated_request(self.prompt, self.messages, model, sampling, self.answer)
 
 
 def draft_request(prompt: str | None, options: Mapping[str, object]) -> RequestDraft:
@@ -111,20 +131,28 @@ def draft_request(prompt: str | None, options: Mapping[str, object]) -> RequestD
         RequestError: an argument is unknown, of the wrong type or out of range.
     """
     given = dict(options)
-    messages = _messages(given.pop("messages", None))
+    messages = checked_messages(given.pop("messages", None))
     model = given.pop("model", None)
     base = given.pop("sampling", None)
     key = _idempotency_key(given.pop("idempotency_key", None))
     require_worker = given.pop("require_worker", True)
     if not isinstance(require_worker, bool):
-        raise RequestError(f"require_worker is {_shown(require_worker)}; use True or False")
+        raise RequestError(f"require_worker is {shown(require_worker)}; use True or False")
     terms = checked_terms(given.pop("user", None), given.pop("priority", None), given.pop("deadline_s", None))
+    answer = checked_answer_terms(
+        given.pop("response_format", None), given.pop("tools", None), given.pop("tool_choice", None)
+    )
     if model is not None:
         model = _model(model)
     _check_prompt(prompt, messages)
     sampling = _sampling(base, given)
-    _validated_request(prompt, messages, model or "any", sampling)
-    return RequestDraft(prompt, messages, model, sampling, key, require_worker, terms)
+    _validated_request(prompt, messages, model or "any", sampling, answer)
+    return RequestDraft(prompt, messages, model, sampling, key, require_worker, terms, answer)
+
+
+def _as_asked(part: ChatMessage | SamplingParams) -> dict[str, object]:
+    """Its fields, those of newer versions only where they say something: a request keeps its hash through upgrades."""
+    return {name: value for name, value in part.model_dump().items() if value is not None or name not in _NEWER_FIELDS}
 
 
 def _check_prompt(prompt: object, messages: tuple[ChatMessage, ...] | None) -> None:
@@ -147,7 +175,7 @@ def _check_prompt(prompt: object, messages: tuple[ChatMessage, ...] | None) -> N
 
 def _model(model: object) -> str:
     if not isinstance(model, str):
-        raise RequestError(f"model is {_shown(model)}; use its name as text, such as 'owner/name'")
+        raise RequestError(f"model is {shown(model)}; use its name as text, such as 'owner/name'")
     try:
         return check_model_name(model)
     except ValueError as error:
@@ -158,28 +186,8 @@ def _idempotency_key(key: object) -> str | None:
     if key is None:
         return None
     if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY_CHARS or not key.isprintable():
-        raise RequestError(f"idempotency_key is {_shown(key)}; use 1 to {MAX_KEY_CHARS} printable characters")
+        raise RequestError(f"idempotency_key is {shown(key)}; use 1 to {MAX_KEY_CHARS} printable characters")
     return key
-
-
-def _messages(messages: object) -> tuple[ChatMessage, ...] | None:
-    if messages is None:
-        return None
-    form = "give a list such as [{'role': 'user', 'content': 'Hello'}]"
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages is of type {type(messages).__name__}; {form}")
-    checked = []
-    for position, message in enumerate(messages):
-        if isinstance(message, ChatMessage):
-            checked.append(message)
-            continue
-        if not isinstance(message, Mapping):
-            raise RequestError(f"messages[{position}] is of type {type(message).__name__}; {form}")
-        try:
-            checked.append(ChatMessage.model_validate(dict(message), strict=True))
-        except ValidationError as error:
-            raise RequestError(_explained(error, f"messages[{position}].", tuple(ChatMessage.model_fields))) from error
-    return tuple(checked)
 
 
 def _sampling(base: object, options: Mapping[str, object]) -> SamplingParams:
@@ -196,43 +204,42 @@ def _sampling(base: object, options: Mapping[str, object]) -> SamplingParams:
     for key in ("stop", "stop_token_ids"):
         if isinstance(fields[key], list):
             fields[key] = tuple(fields[key])
+    fields["logit_bias"] = _logit_bias(fields["logit_bias"])
     try:
         return SamplingParams.model_validate(fields, strict=True)
     except ValidationError as error:
-        raise RequestError(_explained(error, "", SAMPLING_KEYS)) from error
+        raise RequestError(explained(error, "", SAMPLING_KEYS)) from error
+
+
+def _logit_bias(given: object) -> object:
+    """Pairs in order of the token ids, from a mapping whose ids may be text, as JSON has them."""
+    if isinstance(given, Mapping):
+        given = list(given.items())
+    if not isinstance(given, list | tuple):
+        return given
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else pair for pair in given]
+    for place, pair in enumerate(pairs):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise RequestError(f"logit_bias[{place}] is {shown(pair)}; use a mapping such as {{50256: -100}}")
+        token_id, bias = pair
+        if isinstance(token_id, str) and token_id.isascii() and token_id.isdecimal() and len(token_id) <= 10:
+            pairs[place] = (int(token_id), bias)
+        elif isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise RequestError(f"logit_bias: {shown(token_id)} is no token id; use whole numbers")
+    return tuple(sorted(pairs, key=itemgetter(0))) or None
 
 
 def _validated_request(
-    prompt: str | None, messages: tuple[ChatMessage, ...] | None, model: str, sampling: SamplingParams
+    prompt: str | None,
+    messages: tuple[ChatMessage, ...] | None,
+    model: str,
+    sampling: SamplingParams,
+    answer: AnswerTerms,
 ) -> GenerateRequest:
     if len(prompt or "") > MAX_PROMPT_CHARS:
         raise RequestError(f"the prompt has {len(prompt or '')} characters; at most {MAX_PROMPT_CHARS} can be sent")
     try:
-        return GenerateRequest(model=model, prompt=prompt, messages=messages, sampling=sampling)
+        return GenerateRequest(model=model, prompt=prompt, messages=messages, sampling=sampling, **answer._asdict())
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise RequestError(message) from error
-
-
-def _explained(error: ValidationError, where: str, known: tuple[str, ...]) -> str:
-    """Say the first mistake: key, value, what is wrong, and the known keys if the key is not one."""
-    first = error.errors(include_url=False)[0]
-    key = str(first["loc"][0]) if first["loc"] else ""
-    place = where + key + "".join(f"[{part}]" for part in first["loc"][1:])
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=len(known), cutoff=0.5)
-        ordered = ", ".join([*near, *(name for name in known if name not in near)])
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {place!r}; {hint}known keys: {ordered}"
-    if first["type"] == "missing":
-        return f"{place} is missing; the keys are {', '.join(known)}"
-    wrong = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-    return f"{place} is {_shown(first['input'])}: {wrong[0].lower()}{wrong[1:]}"
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes out no integer of more than 4300 digits
-        text = "a number with thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -28,8 +28,8 @@ In the order data flows through them:
   layers for all sequences together; `sequence_state`, `state_pool`, `prompt_step`, `stepwise`: the
   same for families that keep states.
 - `grammar`, `adjustments`, `sampler`, `text`, `detokenizer`: from logits to tokens to text, of whichever format.
-- `admission`, `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options` are what
-  callers see.
+- `admission`, `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options`
+  are what callers see.
 - `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
 - `texts`, `quality_text`, `quality_pair`, `row_logits`, `quality_figures`, `quality`: what a packed model loses, by the
   logits of many rows of a sweep.

@@ -15,9 +15,10 @@ from lamella_engine.kv_shape import context_tokens
 from lamella_engine.options import EngineOptions
 from lamella_engine.prompt_step import check_step, step_tokens
 from lamella_engine.sequence import Sequence, check_samples
-from lamella_engine.sequence_types import Sampling, SequenceRequest
+from lamella_engine.sequence_types import AnswerFormat, Sampling, SequenceRequest, ToolFormat
 from lamella_engine.sweep import SweepModel
 from lamella_engine.text import TextCodec
+from lamella_engine.tool_format import forced_call, tool_format_of
 
 
 class Room(Protocol):
@@ -61,19 +62,33 @@ class Admission:
         room = self._check_room(prompt_ids)
         check_samples(request, self._options.max_sequences)
         self._check_sampling(request.sampling)
-        walk = None if request.answer_format is None else self._grammars.walk(request.answer_format)
+        tool_format, answer_format = self._formats(request)
+        walk = None if answer_format is None else self._grammars.walk(answer_format)
         first, *siblings = [
             self._sample(request, prompt_ids, room, index, None if walk is None else walk.copy())
             for index in range(request.num_samples)
         ]
+        for sample in (first, *siblings):
+            sample.tool_format = tool_format
         first.siblings = siblings
         return first
 
     def _sample(
         self, request: SequenceRequest, prompt_ids: list[int], room: int, index: int, walk: GrammarWalk | None
     ) -> Sequence:
-        detokenizer = Detokenizer(self._codec.decode, request.sampling.stop) if self._codec else None
+        detokenizer = None
+        if self._codec is not None:
+            decode = self._codec.decode if request.tool_chat is None else self._codec.decode_marked
+            detokenizer = Detokenizer(decode, request.sampling.stop)
         return Sequence(request, prompt_ids, detokenizer, self._end_ids, room, index, walk)
+
+    def _formats(self, request: SequenceRequest) -> tuple[ToolFormat | None, AnswerFormat | None]:
+        """How calls are written, where tools are offered; and what the answer must look like."""
+        chat = request.tool_chat
+        if chat is None or chat.tools is None or self._codec is None:
+            return None, request.answer_format
+        tool_format = tool_format_of(self._codec.chat_template(with_tools=True))
+        return tool_format, forced_call(self._codec, tool_format, chat) or request.answer_format
 
     def _check_room(self, prompt_ids: list[int]) -> int:
         """The tokens that a sequence of this prompt may have at most."""
@@ -104,6 +119,8 @@ class Admission:
             raise SequenceError("no_tokenizer", "this model ships no tokenizer; submit token ids")
         elif request.messages is not None:
             ids = self._codec.encode_chat(request.messages)
+        elif request.tool_chat is not None:
+            ids = self._codec.encode_tool_chat(request.tool_chat)
         else:
             ids = self._codec.encode_prompt(request.prompt or "")
         if not ids:

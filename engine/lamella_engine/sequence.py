@@ -28,6 +28,7 @@ from lamella_engine.sequence_types import (
     SequenceRequest,
     SequenceTokens,
     TokenLogprobs,
+    ToolFormat,
 )
 from lamella_engine.stepwise import StepSpan
 
@@ -49,6 +50,7 @@ class Sequence:
         prompt_ids, generated_ids: its tokens.
         computed: tokens whose keys and values are in the cache.
         table: its place in memory while it runs, else None.
+        tool_format: how its model writes calls, where tools are offered; told with its first token.
         reason: why it ended, None while it lives.
         sweeps, streamed_bytes: sweeps it rode and the weight bytes they moved.
     """
@@ -82,6 +84,7 @@ class Sequence:
         self._told = 0  # tokens of which a prefill event told; what is computed again after a preemption is no news
         self._began = time.monotonic()
         self._walk = walk
+        self.tool_format: ToolFormat | None = None
         for token_id in request.generated_ids:
             self._append(token_id)
         self._logprobs: tuple[TokenLogprobs, ...] | None = None  # of tokens not told of
@@ -160,7 +163,8 @@ class Sequence:
             return None
         text, logprobs = self._unsent, self._logprobs
         self._emitted, self._unsent, self._logprobs = len(self.generated_ids), "", None
-        return SequenceTokens(self.sequence_id, position, token_ids, text, logprobs, self.sample)
+        tool_format = self.tool_format if position == 0 else None
+        return SequenceTokens(self.sequence_id, position, token_ids, text, logprobs, self.sample, tool_format)
 
     def finished(
         self, reason: FinishReason, error_code: str | None = None, error: str | None = None

@@ -65,8 +65,30 @@ class AnswerFormat:
 
 
 @dataclass(frozen=True)
+class ToolChat:
+    """A chat that only a template with tools can render; JSON text of what such templates take.
+
+    `messages` is the list of messages, `tools` the list of tools that may be called (None: none). With one tool named
+    in `must_call` the answer is one call of it, with several it is calls of them; with none the model chooses.
+    """
+
+    messages: str
+    tools: str | None = None
+    must_call: tuple[str, ...] = ()
+
+
+class ToolFormat(StrEnum):
+    """How a model writes calls of tools."""
+
+    HERMES = "hermes"  # <tool_call>{"name": ..., "arguments": {...}}</tool_call>
+    LLAMA3 = "llama3"  # {"name": ..., "parameters": {...}}
+    MISTRAL = "mistral"  # [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]
+    MISTRAL_ARGS = "mistral_args"  # [TOOL_CALLS]name[ARGS]{...}
+
+
+@dataclass(frozen=True)
 class SequenceRequest:
-    """One sequence: exactly one of `prompt_ids`, `prompt` (raw text) and `messages` (role, content pairs).
+    """One sequence: exactly one of `prompt_ids`, `prompt` (raw text), `messages` (role, content pairs), `tool_chat`.
 
     `generated_ids` are tokens drawn in an earlier life of the sequence: they are prefilled after the prompt, count
     against `max_tokens`, and no event is made for them again. `num_samples` continuations of the prompt run side by
@@ -82,6 +104,7 @@ class SequenceRequest:
     generated_ids: tuple[int, ...] = ()
     num_samples: int = 1
     answer_format: AnswerFormat | None = None
+    tool_chat: ToolChat | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +122,8 @@ class SequenceTokens:
     about.
 
     `position` counts generated tokens from 0 and is the index of ``token_ids[0]``; `text` is what the tokens add to
-    the visible text (empty while a character or a possible stop string is incomplete).
+    the visible text (empty while a character or a possible stop string is incomplete). `tool_format`, where tools are
+    offered and `position` is 0, says how this model writes calls.
     """
 
     sequence_id: str
@@ -108,6 +132,7 @@ class SequenceTokens:
     text: str
     logprobs: tuple[TokenLogprobs, ...] | None = None
     sample: int = 0
+    tool_format: ToolFormat | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PretrainedConfig
 
 from lamella_engine.errors import CheckpointError, SequenceError
+from lamella_engine.sequence_types import ToolChat
 
 logger = logging.getLogger(__name__)
 
+TOOL_MARKERS = ("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 
 
@@ -32,6 +35,8 @@ class TextCodec:
             self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
+        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        self._markers = {special[marker]: marker for marker in TOOL_MARKERS if marker in special}
         self._lock = threading.Lock()  # fast tokenizers refuse to be used while their settings change
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -46,13 +51,47 @@ class TextCodec:
             SequenceError: the model has no chat template (``no_chat_template``) or it refuses the chat (``bad_chat``).
         """
         if not self.tokenizer.chat_template:
+            raise _no_chat_template()
+        return self._rendered([{"role": role, "content": content} for role, content in messages], None)
+
+    def encode_tool_chat(self, chat: ToolChat) -> list[int]:
+        """Token ids of a chat with tools, ending where the assistant's answer begins.
+
+        Raises:
+            SequenceError: as `encode_chat`, or the model's template knows no tools (``tools_unsupported``).
+        """
+        turns = json.loads(chat.messages)
+        for turn in turns:
+            for call in turn.get("tool_calls", ()):  # templates want an object where the wire has its text
+                call["function"]["arguments"] = _parsed(call["function"]["arguments"])
+        tools = None if chat.tools is None else json.loads(chat.tools)
+        if tools is not None and not re.search(r"\btools\b", self.chat_template(with_tools=True)):
             raise SequenceError(
-                "no_chat_template", "this model has no chat template; send raw text with prompt instead of messages"
+                "tools_unsupported",
+                "this model's chat template knows no tools; leave tools out and describe them in the prompt, or ask a "
+                "model that was trained to call them",
             )
-        turns = [{"role": role, "content": content} for role, content in messages]
+        return self._rendered(turns, tools)
+
+    def chat_template(self, *, with_tools: bool) -> str:
+        """The template that renders a chat, with tools or without.
+
+        Raises:
+            SequenceError: the model has none (``no_chat_template``).
+        """
+        found = self.tokenizer.chat_template
+        if isinstance(found, dict):
+            found = (found.get("tool_use") if with_tools else None) or found.get("default")
+        if not isinstance(found, str) or not found:
+            raise _no_chat_template()
+        return found
+
+    def _rendered(self, turns: list[dict[str, object]], tools: list[object] | None) -> list[int]:
         with self._lock:
             try:
-                text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                text = self.tokenizer.apply_chat_template(
+                    turns, tools=tools, add_generation_prompt=True, tokenize=False
+                )
             except (TemplateError, ValueError, TypeError) as error:
                 raise SequenceError("bad_chat", f"the model's chat template refuses this chat: {error}") from error
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -62,6 +101,32 @@ class TextCodec:
         with self._lock:
             text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def decode_marked(self, token_ids: list[int]) -> str:
+        """As `decode`, but tokens that say where a tool is called are written out though they are special."""
+        text, part = "", list[int]()
+        for token_id in token_ids:
+            if token_id in self._markers:
+                text += self.decode(part) + self._markers[token_id]
+                part = []
+            else:
+                part.append(token_id)
+        return text + self.decode(part)
+
+
+def _no_chat_template() -> SequenceError:
+    return SequenceError(
+        "no_chat_template", "this model has no chat template; send raw text with prompt instead of messages"
+    )
+
+
+def _parsed(arguments: str) -> object:
+    """An object if the text is one; what a model wrote in place of one stays text."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def load_codec(directory: Path) -> TextCodec | None:

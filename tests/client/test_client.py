@@ -308,7 +308,7 @@ def test_a_record_of_a_newer_version_does_not_hide_the_others(
     client: Client, worker: ActingWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = client.submit("a").id, client.submit("b").id
-    worker.redis.hset(KEYS.job(new), "v", 2)
+    worker.redis.hset(KEYS.job(new), "v", 99)
 
     assert [job.job_id for job in client.jobs()] == [old]
     assert new in caplog.text

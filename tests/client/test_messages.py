@@ -27,7 +27,7 @@ from lamella.registry_calls import encode_event
     ],
 )
 def test_a_malformed_event_is_a_decode_error(raw: str | bytes) -> None:
-    with pytest.raises(DecodeError, match="schema 1"):
+    with pytest.raises(DecodeError, match="schema 2"):
         decode_event(raw)
 
 
@@ -36,7 +36,7 @@ def test_a_malformed_event_is_a_decode_error(raw: str | bytes) -> None:
     ["", "{}", '{"model": "m", "prompt": "x", "version": 2}', '{"model": "../m", "prompt": "x"}', '{"model": "m"}'],
 )
 def test_a_malformed_request_is_a_decode_error(raw: str) -> None:
-    with pytest.raises(DecodeError, match="schema 1"):
+    with pytest.raises(DecodeError, match="schema 2"):
         decode_request(raw)
 
 
@@ -59,7 +59,7 @@ def test_only_terminal_events_are_outcomes() -> None:
 
 
 def test_a_record_of_another_schema_is_a_decode_error() -> None:
-    values = ["2", "queued", *[None] * (len(STATUS_FIELDS) - 2)]
+    values = ["3", "queued", *[None] * (len(STATUS_FIELDS) - 2)]
 
     with pytest.raises(DecodeError, match="schema"):
         decode_status("j1", values)

@@ -216,7 +216,7 @@ class TestUpgrade:
     def test_jobs_of_a_newer_schema_take_no_place_in_flight(self, service: Service) -> None:
         for number in range(4):
             service.submit(f"j{number}")
-        service.client.hset(KEYS.job("j0"), "v", 2)
+        service.client.hset(KEYS.job("j0"), "v", 99)
 
         assert service.worker.claim("j0").status is ClaimStatus.UNKNOWN_SCHEMA
 

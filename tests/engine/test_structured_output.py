@@ -1,4 +1,4 @@
-"""An answer in a format is what masking alone would give, in fewer sweeps, in any company and after any interruption."""
+"""An answer in a format is what masking alone would give, in fewer sweeps, in any company, however interrupted."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ def grammar_of(answer_format: AnswerFormat) -> str:
         case FormatKind.REGEX:
             return LLMatcher.grammar_from_regex(answer_format.source)
         case FormatKind.CHOICE:
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, json.loads(answer_format.source))))
+            return LLMatcher.grammar_from_lark(
+                "start: " + " | ".join(map(json.dumps, json.loads(answer_format.source)))
+            )
         case FormatKind.LARK:
             return LLMatcher.grammar_from_lark(answer_format.source)
         case _:
@@ -107,9 +109,7 @@ def ask(
     prompt: str = PROMPT,
     generated: tuple[int, ...] = (),
 ) -> None:
-    engine.submit(
-        SequenceRequest(name, sampling, prompt=prompt, answer_format=answer_format, generated_ids=generated)
-    )
+    engine.submit(SequenceRequest(name, sampling, prompt=prompt, answer_format=answer_format, generated_ids=generated))
 
 
 def answer(engine: Engine, answer_format: AnswerFormat | None, sampling: Sampling = GREEDY) -> Outcome:

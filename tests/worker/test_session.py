@@ -58,7 +58,7 @@ def test_a_job_of_a_newer_schema_is_parked_untouched(
     bench: Bench, jobs: Jobs, fake_redis: redis.Redis, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
     jobs.submit("a")
-    fake_redis.hset(keys.job("a"), "v", "2")
+    fake_redis.hset(keys.job("a"), "v", "99")
 
     verdicts = [bench.session.run("a") for _ in range(3)]
 

@@ -2,6 +2,11 @@
 local P, TTL = ARGV[1], ARGV[2]
 
 local function number(value, default) return tonumber(value or default or 0) end
+-- Whether whoever reads schemas up to `newest` reads a record of this version.
+local function reads(version, newest)
+  local known = tonumber(version or '')
+  return known ~= nil and known >= 1 and known <= tonumber(newest)
+end
 local function record(job_id) return P .. 'job:' .. job_id end
 local function is_final(state) return state == 'done' or state == 'failed' or state == 'cancelled' end
 

@@ -10,7 +10,7 @@ if not state then return {'missing'} end
 if is_final(state) then return {state} end
 if state == 'running' and number(held[3]) > now then return {'held'} end
 local job = queued_job(job_id, now)
-if held[2] ~= ARGV[7] then
+if not reads(held[2], ARGV[7]) then
   -- Parked: it is offered again from time to time, and takes no place in flight meanwhile.
   if job.place == 'sent' then
     leave_flight(job_id, job)

@@ -8,7 +8,7 @@ local new_id = ARGV[3]
 local dead = redis.call('HMGET', KEYS[1], 'state', 'v', 'outcome', 'retried_as', 'model', 'request', 'seq', 'user',
   'class', 'cost', 'prompt_cost', 'tokens')
 if not dead[1] then return {'missing', '', 0} end
-if dead[2] ~= ARGV[4] then return {'unknown_schema', '', 0} end
+if not reads(dead[2], ARGV[4]) then return {'unknown_schema', '', 0} end
 if dead[4] then return {'retried', dead[4], 0} end
 if dead[1] ~= 'failed' or cjson.decode(dead[3]).code ~= ARGV[7] then return {'not_dead', '', 0} end
 local model = dead[5]
@@ -29,7 +29,7 @@ while copied < seq do
 end
 local job = {model = model, user = dead[8] or 'anonymous', class = dead[9] or '1', cost = number(dead[10]),
   order = redis.call('HINCRBY', book(model), 'order', 1)}
-redis.call('HSET', KEYS[3], 'v', ARGV[4], 'state', 'queued', 'model', model, 'request', dead[6], 'created_at', now,
+redis.call('HSET', KEYS[3], 'v', dead[2], 'state', 'queued', 'model', model, 'request', dead[6], 'created_at', now,
   'attempts', 0, 'fence', 0, 'lease_until', 0, 'seq', seq, 'nudged_at', now, 'nudges', 0, 'user', job.user,
   'class', job.class, 'cost', job.cost, 'prompt_cost', number(dead[11]), 'order', job.order, 'tokens', tokens)
 if ARGV[8] ~= '' then redis.call('HSET', KEYS[3], 'trace', ARGV[8]) end
