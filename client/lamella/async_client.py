@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,8 @@ from lamella import operations
 from lamella.async_job import AsyncJob
 from lamella.completion import Completion
 from lamella.connection import AsyncConnection, Privacy, check_seconds
+from lamella.embed_draft import EmbedOptions, draft_embed
+from lamella.embedding import Embeddings
 from lamella.keys import DEFAULT_PREFIX
 from lamella.limits import LimitChanges, Limits, UserLimitChanges, UserLimits
 from lamella.messages import JobStatus, ModelInfo, WorkerInfo
@@ -98,6 +100,42 @@ class AsyncClient:
         async with aclosing(job.stream(timeout_s=timeout_s)) as items:
             async for item in items:
                 yield item
+
+    async def submit_embed(self, model: str | None, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> AsyncJob:
+        """Queue a job for the vectors of texts and return its handle; options are those of `EmbedOptions`.
+
+        `model` None is the only one that is served. The texts of one job ride the same sweeps, with whatever else runs.
+
+        Raises:
+            RequestError: an argument is unknown or unusable; NoWorkerError and IdempotencyConflict are of this kind.
+            ServerError: the server did not accept it; nothing was half-done.
+        """
+        draft = draft_embed(model, texts, options)
+        return self.job(
+            await self._connection.run(operations.submit(self._connection.keys, draft, self._connection.ring))
+        )
+
+    async def embed(
+        self,
+        model: str | None,
+        texts: Sequence[str],
+        *,
+        timeout_s: float = DEFAULT_WAIT_S,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Return the vectors of texts; options are those of `EmbedOptions`.
+
+        `model` None is the only one that is served. The texts of one job ride the same sweeps, with whatever else runs.
+
+        Raises:
+            RequestError: an argument is unknown or unusable; NoWorkerError and IdempotencyConflict are of this kind.
+            ServerError: the server did not accept it; nothing was half-done.
+            JobFailed: the job failed.
+            WaitTimeout: it has not ended within `timeout_s`; it goes on.
+        """
+        check_seconds("timeout_s", timeout_s)
+        job = await self.submit_embed(model, texts, **options)
+        return await job.embeddings(timeout_s)
 
     def job(self, job_id: str) -> AsyncJob:
         """Return a handle on a job by its id; nothing is asked of the server."""

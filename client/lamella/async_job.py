@@ -7,8 +7,9 @@ from contextlib import aclosing
 
 from lamella import operations
 from lamella.async_stream import read_async_stream
-from lamella.completion import Completion, CompletionBuilder
+from lamella.completion import Completion, CompletionBuilder, EmbeddingsBuilder
 from lamella.connection import AsyncConnection
+from lamella.embedding import Embeddings
 from lamella.errors import JobError
 from lamella.messages import Done, JobStatus
 from lamella.registry_calls import CancelStatus
@@ -72,6 +73,22 @@ class AsyncJob:
                 builder.add(item)
                 if isinstance(item.event, Done):
                     return builder.completion(item.event)
+        raise JobError(self.id, f"the events of job {self.id} ended without a terminal one")
+
+    async def embeddings(self, timeout_s: float = DEFAULT_WAIT_S) -> Embeddings:
+        """Wait for the end of a job of embeddings and return the vectors.
+
+        Raises:
+            JobFailed: the job failed.
+            JobCancelled: the job was cancelled.
+            JobError: the job generates text.
+            WaitTimeout: the job has not ended within `timeout_s`; it goes on.
+        """
+        builder = EmbeddingsBuilder(self.id)
+        async with aclosing(self.stream(timeout_s=timeout_s)) as items:
+            async for item in items:
+                if (found := builder.add(item)) is not None:
+                    return found
         raise JobError(self.id, f"the events of job {self.id} ended without a terminal one")
 
     async def status(self) -> JobStatus:

@@ -6,7 +6,7 @@ Owns the public calls; what they exchange with the server is in `operations`, ho
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Unpack
@@ -15,6 +15,8 @@ from lamella import limits as limit_operations
 from lamella import operations
 from lamella.completion import Completion
 from lamella.connection import Connection, Privacy, check_seconds
+from lamella.embed_draft import EmbedOptions, draft_embed
+from lamella.embedding import Embeddings
 from lamella.job import Job
 from lamella.keys import DEFAULT_PREFIX
 from lamella.limits import LimitChanges, Limits, UserLimitChanges, UserLimits
@@ -95,6 +97,40 @@ class Client:
         """Submit now, and yield ``(seq, event)`` as they come; arguments as in `submit`."""
         check_seconds("timeout_s", timeout_s)
         return self.submit(prompt, **options).stream(timeout_s=timeout_s)
+
+    def submit_embed(self, model: str | None, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> Job:
+        """Queue a job for the vectors of texts and return its handle; options are those of `EmbedOptions`.
+
+        `model` None is the only one that is served. The texts of one job ride the same sweeps, with whatever else runs.
+
+        Raises:
+            RequestError: an argument is unknown or unusable; NoWorkerError and IdempotencyConflict are of this kind.
+            ServerError: the server did not accept it; nothing was half-done.
+        """
+        draft = draft_embed(model, texts, options)
+        return self.job(self._connection.run(operations.submit(self._connection.keys, draft, self._connection.ring)))
+
+    def embed(
+        self,
+        model: str | None,
+        texts: Sequence[str],
+        *,
+        timeout_s: float = DEFAULT_WAIT_S,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Return the vectors of texts; options are those of `EmbedOptions`.
+
+        `model` None is the only one that is served. The texts of one job ride the same sweeps, with whatever else runs.
+
+        Raises:
+            RequestError: an argument is unknown or unusable; NoWorkerError and IdempotencyConflict are of this kind.
+            ServerError: the server did not accept it; nothing was half-done.
+            JobFailed: the job failed.
+            WaitTimeout: it has not ended within `timeout_s`; it goes on.
+        """
+        check_seconds("timeout_s", timeout_s)
+        job = self.submit_embed(model, texts, **options)
+        return job.embeddings(timeout_s)
 
     def job(self, job_id: str) -> Job:
         """Return a handle on a job by its id; nothing is asked of the server."""

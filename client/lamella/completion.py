@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lamella.chat import ToolCall
+from lamella.embedding import Embeddings, EmbeddingsEvent
 from lamella.errors import JobCancelled, JobError, JobFailed
 from lamella.messages import Cancelled, Done, Failed, Progress, TokenEvent, TokenLogprob, Usage
 from lamella.stream_order import StreamItem
@@ -80,6 +81,10 @@ class CompletionBuilder:
                 raise JobFailed(self._job_id, code, message)
             case Cancelled():
                 raise JobCancelled(self._job_id)
+            case EmbeddingsEvent():
+                raise JobError(
+                    self._job_id, f"job {self._job_id} brings embeddings and no text; read them with Job.embeddings()"
+                )
             case Done() if self._parser is not None:
                 return self._kept(self._parser.end())
             case Done() | Progress():
@@ -101,3 +106,40 @@ class CompletionBuilder:
             logprobs=tuple(self._logprobs) if self._logprobs else None,
             tool_calls=calls,
         )
+
+
+class EmbeddingsBuilder:
+    """Gathers the events of a job of embeddings."""
+
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+        self._event: EmbeddingsEvent | None = None
+
+    def add(self, item: StreamItem) -> Embeddings | None:
+        """Take the next event; the whole with the last one.
+
+        Raises:
+            JobFailed: the job failed.
+            JobCancelled: the job was cancelled.
+            JobError: the job generates text, or its vectors are no longer stored.
+        """
+        match item.event:
+            case EmbeddingsEvent() as event:
+                self._event = event
+            case Failed(code=code, message=message):
+                raise JobFailed(self._job_id, code, message)
+            case Cancelled():
+                raise JobCancelled(self._job_id)
+            case TokenEvent():
+                raise JobError(self._job_id, f"job {self._job_id} generates text; read it with Job.result()")
+            case Done(usage=usage):
+                if self._event is None:
+                    raise JobError(
+                        self._job_id,
+                        f"job {self._job_id} is done, but has no vectors: it generated text, or they were deleted on "
+                        "the server",
+                    )
+                return Embeddings(self._job_id, self._event.vectors, usage)
+            case Progress():
+                pass
+        return None

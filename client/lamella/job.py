@@ -6,8 +6,9 @@ from collections.abc import Generator
 from contextlib import closing
 
 from lamella import operations
-from lamella.completion import Completion, CompletionBuilder
+from lamella.completion import Completion, CompletionBuilder, EmbeddingsBuilder
 from lamella.connection import Connection
+from lamella.embedding import Embeddings
 from lamella.errors import JobError
 from lamella.messages import Done, JobStatus
 from lamella.registry_calls import CancelStatus
@@ -72,6 +73,22 @@ class Job:
                 builder.add(item)
                 if isinstance(item.event, Done):
                     return builder.completion(item.event)
+        raise JobError(self.id, f"the events of job {self.id} ended without a terminal one")
+
+    def embeddings(self, timeout_s: float = DEFAULT_WAIT_S) -> Embeddings:
+        """Wait for the end of a job of embeddings and return the vectors.
+
+        Raises:
+            JobFailed: the job failed.
+            JobCancelled: the job was cancelled.
+            JobError: the job generates text.
+            WaitTimeout: the job has not ended within `timeout_s`; it goes on.
+        """
+        builder = EmbeddingsBuilder(self.id)
+        with closing(self.stream(timeout_s=timeout_s)) as items:
+            for item in items:
+                if (found := builder.add(item)) is not None:
+                    return found
         raise JobError(self.id, f"the events of job {self.id} ended without a terminal one")
 
     def status(self) -> JobStatus:

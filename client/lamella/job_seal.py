@@ -1,4 +1,4 @@
-"""What of a job is encrypted, and how it looks in Redis: the request and every token event; nothing else.
+"""What of a job is encrypted, and how it looks in Redis: the request, every token event and the vectors; nothing else.
 
 Owns the sealed form and where it is taken apart. Ends of jobs (Done, Failed, Cancelled), counts and times stay
 readable, because the registry's scripts and every listing need them. Each box is tied to the job it was made for
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from lamella.errors import DecodeError, EncryptionError
 from lamella.key_ring import KEYS_VARIABLE, KeyRing
-from lamella.messages import TerminalEvent, TokenEvent, Wire
+from lamella.messages import Cancelled, Done, Failed, JobEvent, Wire
 from lamella.registry_calls import encode_event
 
 _START = '{"type":"sealed",'
@@ -57,10 +57,10 @@ class JobSeal:
         """Return the JSON of the stored or published event `seq`, decrypted if need be; raises as `open_request`."""
         return self._open(stored, f"event {seq}")
 
-    def encode(self, seq: int, event: TokenEvent | TerminalEvent) -> str:
-        """Return what is stored for the event `seq`: tokens in a box if the job's request was in one."""
+    def encode(self, seq: int, event: JobEvent) -> str:
+        """Return what is stored for the event `seq`: tokens and vectors in a box if the request was in one."""
         text = encode_event(event)
-        if self._origin is None or self._ring is None or not isinstance(event, TokenEvent):
+        if self._origin is None or self._ring is None or isinstance(event, Done | Failed | Cancelled):
             return text
         return _sealed(self._ring, self._key_id, self._origin, f"event {seq}", text)
 

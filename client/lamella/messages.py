@@ -5,6 +5,7 @@ types, so a message that decodes is a message that is valid. Parts of requests t
 `chat`, `response_format` and `embedding`. A job's life on the wire is
 
     GenerateRequest -> TokenEvent, TokenEvent, ... -> exactly one of Done | Failed | Cancelled
+    EmbedRequest    -> EmbeddingsEvent, if it is done -> the same
 
 Stream events carry no sequence number themselves: it is the id of their stream entry (``<seq>-0``) and the prefix of
 their published form (``<seq> <json>``), so that there is one place it can come from.
@@ -20,6 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 
 from lamella.chat import MAX_TOOLS, FunctionTool, ToolChoice, check_tools
 from lamella.chat import ChatMessage as ChatMessage
+from lamella.embedding import EmbeddingsEvent, EmbedRequest
 from lamella.errors import DecodeError
 from lamella.response_format import ResponseFormat
 from lamella.wire import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
@@ -254,11 +256,13 @@ class Progress(Wire):
     prompt_tokens: int = Field(ge=0)
 
 
-StoredEvent = Annotated[TokenEvent | Done | Failed | Cancelled, Field(discriminator="type")]
-StreamEvent = Annotated[TokenEvent | Done | Failed | Cancelled | Progress, Field(discriminator="type")]
 TerminalEvent = Done | Failed | Cancelled
+JobEvent = TokenEvent | EmbeddingsEvent | TerminalEvent  # what is stored
+StreamEvent = JobEvent | Progress
+JobRequest = Annotated[GenerateRequest | EmbedRequest, Field(discriminator="kind")]
 
-_STREAM_EVENT: TypeAdapter[TokenEvent | Done | Failed | Cancelled | Progress] = TypeAdapter(StreamEvent)
+_STREAM_EVENT: TypeAdapter[StreamEvent] = TypeAdapter(Annotated[StreamEvent, Field(discriminator="type")])
+_REQUEST: TypeAdapter[GenerateRequest | EmbedRequest] = TypeAdapter(JobRequest)
 
 
 def _check_length(raw: str | bytes, most: int, what: str) -> None:
@@ -266,7 +270,7 @@ def _check_length(raw: str | bytes, most: int, what: str) -> None:
         raise DecodeError(f"{len(raw)} characters are too many for {what}; at most {most} are read")
 
 
-def decode_event(raw: str | bytes) -> TokenEvent | Done | Failed | Cancelled | Progress:
+def decode_event(raw: str | bytes) -> StreamEvent:
     """Decode one stream event from its JSON form.
 
     Raises:
@@ -279,7 +283,7 @@ def decode_event(raw: str | bytes) -> TokenEvent | Done | Failed | Cancelled | P
         raise DecodeError(f"not a stream event of schema {SCHEMA_VERSION}: {error.errors()[0]['msg']}") from error
 
 
-def decode_request(raw: str | bytes) -> GenerateRequest:
+def decode_request(raw: str | bytes) -> GenerateRequest | EmbedRequest:
     """Decode a job's request from its JSON form.
 
     Raises:
@@ -287,7 +291,7 @@ def decode_request(raw: str | bytes) -> GenerateRequest:
     """
     _check_length(raw, MAX_REQUEST_CHARS, "a request")
     try:
-        return GenerateRequest.model_validate_json(raw, strict=True)
+        return _REQUEST.validate_json(raw, strict=True)
     except ValidationError as error:
         raise DecodeError(f"not a request of schema {SCHEMA_VERSION}: {error.errors()[0]['msg']}") from error
 

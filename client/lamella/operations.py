@@ -10,6 +10,8 @@ import time
 import uuid
 
 from lamella.admission import refusal
+from lamella.embed_draft import EmbedDraft
+from lamella.embedding import EmbedRequest
 from lamella.errors import (
     DecodeError,
     EncryptionError,
@@ -43,7 +45,7 @@ from lamella.tracing import submission
 MAX_WORKERS_LISTED = 1000
 
 
-def submit(keys: Keys, draft: RequestDraft, ring: KeyRing | None = None) -> Operation[str]:
+def submit(keys: Keys, draft: RequestDraft | EmbedDraft, ring: KeyRing | None = None) -> Operation[str]:
     """Accept a job and return its id; an idempotency key seen before returns the job it belongs to.
 
     With `ring` the request is stored encrypted, and so is everything the job will say.
@@ -70,7 +72,11 @@ def submit(keys: Keys, draft: RequestDraft, ring: KeyRing | None = None) -> Oper
 
 
 def _send(
-    keys: Keys, request: GenerateRequest, terms: QueueTerms, idempotency: Idempotency | None, ring: KeyRing | None
+    keys: Keys,
+    request: GenerateRequest | EmbedRequest,
+    terms: QueueTerms,
+    idempotency: Idempotency | None,
+    ring: KeyRing | None,
 ) -> Operation[str]:
     job_id = uuid.uuid4().hex
     stored = seal_request(ring, job_id, request.model_dump_json(exclude_none=True)) if ring is not None else None
@@ -115,7 +121,7 @@ def _check_key(keys: Keys, key_id: str, model: str) -> Operation[None]:
         )
 
 
-def _choose_model(keys: Keys, draft: RequestDraft) -> Operation[str]:
+def _choose_model(keys: Keys, draft: RequestDraft | EmbedDraft) -> Operation[str]:
     if draft.model is not None and not draft.require_worker:
         return draft.model
     served = tuple(model.name for model in (yield from models(keys)))

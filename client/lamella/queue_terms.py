@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from lamella.embedding import EmbedRequest
 from lamella.errors import RequestError
 from lamella.messages import GenerateRequest, Priority
 
@@ -78,8 +79,10 @@ class Cost(NamedTuple):
     least_answer: int
 
 
-def expected_cost(request: GenerateRequest) -> Cost:
+def expected_cost(request: GenerateRequest | EmbedRequest) -> Cost:
     """Estimate a request's cost; what it really used replaces it when the job ends."""
+    if isinstance(request, EmbedRequest):
+        return Cost(1 + sum(map(len, request.texts)) // CHARS_A_TOKEN, 0, 0)
     texts = [request.prompt or "", *(text for message in request.messages or () for text in message.texts)]
     texts += [text for tool in request.tools or () for text in (tool.description or "", tool.parameters or "")]
     prompt = 1 + sum(map(len, texts)) // CHARS_A_TOKEN

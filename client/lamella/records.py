@@ -14,11 +14,13 @@ from lamella.errors import DecodeError
 from lamella.messages import (
     MAX_HEARTBEAT_CHARS,
     SCHEMA_VERSION,
+    Cancelled,
+    Done,
+    Failed,
     JobState,
     JobStatus,
     Priority,
     TerminalEvent,
-    TokenEvent,
     WorkerInfo,
     decode_event,
 )
@@ -88,7 +90,7 @@ def decode_outcome(raw: str) -> TerminalEvent:
         DecodeError: it is no event, or not a terminal one.
     """
     event = decode_event(raw)
-    if isinstance(event, TokenEvent) or event.type == "progress":
+    if not isinstance(event, Done | Failed | Cancelled):
         raise DecodeError(f"a job's outcome is a {event.type} event; only done, failed or cancelled ends a job")
     return event
 

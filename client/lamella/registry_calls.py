@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from lamella import keys as wire_keys
+from lamella.embedding import EmbeddingsEvent, EmbedRequest
 from lamella.keys import Keys
 from lamella.messages import (
     SCHEMA_VERSION,
@@ -21,8 +22,8 @@ from lamella.messages import (
     Done,
     Failed,
     GenerateRequest,
+    JobEvent,
     JobState,
-    TerminalEvent,
     TokenEvent,
 )
 from lamella.queue_terms import QueueTerms, expected_cost
@@ -167,7 +168,7 @@ class Idempotency(NamedTuple):
 def submit_call(
     keys: Keys,
     job_id: str,
-    request: GenerateRequest,
+    request: GenerateRequest | EmbedRequest,
     terms: QueueTerms | None = None,
     idempotency: Idempotency | None = None,
     stored_request: str | None = None,
@@ -218,8 +219,8 @@ def emit_call(
     fence: int,
     first_seq: int,
     lease_ms: int,
-    events: Sequence[TokenEvent | TerminalEvent] = (),
-    encode: Callable[[int, TokenEvent | TerminalEvent], str] = lambda seq, event: encode_event(event),
+    events: Sequence[JobEvent] = (),
+    encode: Callable[[int, JobEvent], str] = lambda seq, event: encode_event(event),
 ) -> ScriptCall[EmitReply]:
     """Store and publish a job's next events and renew its lease; with no events it only renews (`first_seq` unused).
 
@@ -229,7 +230,7 @@ def emit_call(
     Raises:
         ValueError: a terminal event stands before the last place.
     """
-    if any(not isinstance(event, TokenEvent) for event in events[:-1]):
+    if any(isinstance(event, Done | Failed | Cancelled) for event in events[:-1]):
         raise ValueError("a terminal event must be the last one of its job")
     final_state = _final_state(events[-1]) if events else ""
     return script_call(
@@ -278,7 +279,7 @@ def retry_call(keys: Keys, job_id: str, new_id: str, trace: str | None = None) -
     return script_call(ScriptName.RETRY, keys, names, args, _decode_retry)
 
 
-def encode_event(event: TokenEvent | TerminalEvent) -> str:
+def encode_event(event: JobEvent) -> str:
     """Return the event as the JSON text that is stored and published."""
     return event.model_dump_json(exclude_none=True)
 
@@ -306,13 +307,13 @@ def deadline_event() -> Failed:
     )
 
 
-def _tokens_used(event: TokenEvent | TerminalEvent) -> int | str:
+def _tokens_used(event: JobEvent) -> int | str:
     return event.usage.prompt_tokens + event.usage.completion_tokens if isinstance(event, Done) else ""
 
 
-def _final_state(event: TokenEvent | TerminalEvent) -> str:
+def _final_state(event: JobEvent) -> str:
     match event:
-        case TokenEvent():
+        case TokenEvent() | EmbeddingsEvent():
             return ""
         case Done():
             return JobState.DONE.value

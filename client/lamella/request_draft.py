@@ -134,7 +134,7 @@ def draft_request(prompt: str | None, options: Mapping[str, object]) -> RequestD
     messages = checked_messages(given.pop("messages", None))
     model = given.pop("model", None)
     base = given.pop("sampling", None)
-    key = _idempotency_key(given.pop("idempotency_key", None))
+    key = checked_idempotency_key(given.pop("idempotency_key", None))
     require_worker = given.pop("require_worker", True)
     if not isinstance(require_worker, bool):
         raise RequestError(f"require_worker is {shown(require_worker)}; use True or False")
@@ -143,7 +143,7 @@ def draft_request(prompt: str | None, options: Mapping[str, object]) -> RequestD
         given.pop("response_format", None), given.pop("tools", None), given.pop("tool_choice", None)
     )
     if model is not None:
-        model = _model(model)
+        model = checked_model(model)
     _check_prompt(prompt, messages)
     sampling = _sampling(base, given)
     _validated_request(prompt, messages, model or "any", sampling, answer)
@@ -173,7 +173,8 @@ def _check_prompt(prompt: object, messages: tuple[ChatMessage, ...] | None) -> N
         ) from error
 
 
-def _model(model: object) -> str:
+def checked_model(model: object) -> str:
+    """Return `model` if it is a model's name; raises RequestError."""
     if not isinstance(model, str):
         raise RequestError(f"model is {shown(model)}; use its name as text, such as 'owner/name'")
     try:
@@ -182,7 +183,8 @@ def _model(model: object) -> str:
         raise RequestError(f"model {error}") from error
 
 
-def _idempotency_key(key: object) -> str | None:
+def checked_idempotency_key(key: object) -> str | None:
+    """Return `key` if it can be one; raises RequestError."""
     if key is None:
         return None
     if not isinstance(key, str) or not 1 <= len(key) <= MAX_KEY_CHARS or not key.isprintable():

@@ -13,7 +13,7 @@ from lamella.errors import DecodeError, JobError, JobNotFound
 from lamella.job_seal import JobSeal
 from lamella.key_ring import KeyRing
 from lamella.keys import Keys
-from lamella.messages import Cancelled, Done, Failed, JobState, Progress, TokenEvent, decode_event
+from lamella.messages import Cancelled, Done, Failed, JobState, Progress, StreamEvent, decode_event
 from lamella.records import decode_outcome
 from lamella.steps import Commands, answers, commands
 
@@ -24,7 +24,7 @@ class StreamItem(NamedTuple):
     """One event and its number; progress has none, because it is not stored."""
 
     seq: int | None
-    event: TokenEvent | Done | Failed | Cancelled | Progress
+    event: StreamEvent
 
 
 class StreamOrder:
@@ -116,7 +116,7 @@ class StreamOrder:
     def _next(self, seq: int, body: str) -> StreamItem:
         event = decode_event(self._seal.open_event(seq, body))
         self.last = seq
-        self.ended = not isinstance(event, TokenEvent)
+        self.ended = isinstance(event, Done | Failed | Cancelled | Progress)
         return StreamItem(seq, event)
 
     def _lost(self, to: int) -> JobError:

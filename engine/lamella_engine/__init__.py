@@ -27,9 +27,11 @@ In the order data flows through them:
 - `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
   layers for all sequences together; `sequence_state`, `state_pool`, `prompt_step`, `stepwise`: the
   same for families that keep states.
-- `grammar`, `adjustments`, `sampler`, `text`, `detokenizer`: from logits to tokens to text, of whichever format.
+- `grammar`, `tool_format`, `adjustments`, `sampler`, `text`, `detokenizer`: from logits to tokens to text, in a format
+  where one is asked for.
 - `admission`, `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options`
   are what callers see.
+- `embedding_job`: texts that ride along for their hidden states.
 - `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
 - `texts`, `quality_text`, `quality_pair`, `row_logits`, `quality_figures`, `quality`: what a packed model loses, by the
   logits of many rows of a sweep.
@@ -50,11 +52,14 @@ from lamella_engine.errors import EngineError, ModelError, SequenceError
 from lamella_engine.options import EngineOptions
 from lamella_engine.sequence_types import (
     AnswerFormat,
+    EmbeddingTerms,
     EngineCounters,
     EngineFacts,
     FinishReason,
     FormatKind,
+    Pooling,
     Sampling,
+    SequenceEmbeddings,
     SequenceFinished,
     SequencePrefill,
     SequenceRequest,
@@ -71,6 +76,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnswerFormat",
     "AutoModel",
+    "EmbeddingTerms",
     "Engine",
     "EngineCounters",
     "EngineError",
@@ -80,7 +86,9 @@ __all__ = [
     "FormatKind",
     "GenerateOutput",
     "ModelError",
+    "Pooling",
     "Sampling",
+    "SequenceEmbeddings",
     "SequenceError",
     "SequenceFinished",
     "SequencePrefill",

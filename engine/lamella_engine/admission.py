@@ -9,16 +9,20 @@ from __future__ import annotations
 from typing import Protocol
 
 from lamella_engine.detokenizer import Detokenizer
+from lamella_engine.embedding_job import EmbeddingJob
 from lamella_engine.errors import SequenceError
+from lamella_engine.family_path import FamilyPath
 from lamella_engine.grammar import Grammars, GrammarWalk
 from lamella_engine.kv_shape import context_tokens
 from lamella_engine.options import EngineOptions
 from lamella_engine.prompt_step import check_step, step_tokens
 from lamella_engine.sequence import Sequence, check_samples
-from lamella_engine.sequence_types import AnswerFormat, Sampling, SequenceRequest, ToolFormat
+from lamella_engine.sequence_types import AnswerFormat, EmbeddingTerms, Sampling, SequenceRequest, ToolFormat
 from lamella_engine.sweep import SweepModel
 from lamella_engine.text import TextCodec
 from lamella_engine.tool_format import forced_call, tool_format_of
+
+MAX_EMBEDDING_BYTES = 3 * 2**20  # of one job's vectors; as base64 they take a third more, in one event
 
 
 class Room(Protocol):
@@ -52,12 +56,48 @@ class Admission:
         self._vocabulary = int(model.config.vocab_size)
         self._grammars = Grammars(codec, self._vocabulary, end_ids)
 
-    def sequence(self, request: SequenceRequest) -> Sequence:
-        """The request's first sample, with the others as its siblings.
+    def admit(self, request: SequenceRequest) -> Sequence | EmbeddingJob:
+        """What rides for `request`: its first sample, with the others as its siblings; or its texts.
 
         Raises:
             SequenceError: it cannot run here; ``code`` says why.
         """
+        return self._sequence(request) if request.embedding is None else self._texts(request, request.embedding)
+
+    def _texts(self, request: SequenceRequest, terms: EmbeddingTerms) -> EmbeddingJob:
+        """Texts are sequences that only read; the context may be full of one."""
+        if self._model.path is FamilyPath.STEPWISE:
+            raise SequenceError(
+                "embeddings_unsupported",
+                f"{self._model.sharded.name} is of a family ({self._model.family}) whose hidden states stay inside its "
+                "own forward, so no embeddings can be had of it; ask a model that runs in packed sweeps",
+            )
+        width = int(self._model.config.hidden_size)
+        most = MAX_EMBEDDING_BYTES // (4 * width)
+        if not 1 <= len(terms.texts) <= most:
+            raise SequenceError(
+                "too_many_texts",
+                f"there are {len(terms.texts)} texts; of vectors of {width} numbers one job returns 1 to {most}. "
+                "Spread them over several jobs.",
+            )
+        room = min(self._context_length, self._room.longest)
+        texts = [self._text(request.sequence_id, place, text, room) for place, text in enumerate(terms.texts)]
+        return EmbeddingJob(request.sequence_id, texts, terms.pooling, is_normalised=terms.is_normalised)
+
+    def _text(self, sequence_id: str, place: int, text: str, room: int) -> Sequence:
+        request = SequenceRequest(sequence_id, prompt=text)
+        try:
+            ids = self._prompt_ids(request)
+        except SequenceError as error:
+            raise SequenceError(error.code, f"text {place}: {error}") from error
+        if len(ids) > room:
+            raise SequenceError(
+                "prompt_too_long",
+                f"text {place} has {len(ids)} tokens; {self._model.sharded.name} reads {room} at most. Shorten it.",
+            )
+        return Sequence(request, ids, None, self._end_ids, room + 1, place)
+
+    def _sequence(self, request: SequenceRequest) -> Sequence:
         prompt_ids = self._prompt_ids(request)
         room = self._check_room(prompt_ids)
         check_samples(request, self._options.max_sequences)

@@ -19,7 +19,7 @@ from lamella_engine.device import resolve_device
 from lamella_engine.engine import Engine
 from lamella_engine.errors import EngineError, OptionError, SequenceError
 from lamella_engine.options import EngineOptions
-from lamella_engine.sequence_types import FinishReason, Sampling, SequencePrefill, SequenceRequest, SequenceTokens
+from lamella_engine.sequence_types import FinishReason, Sampling, SequenceFinished, SequenceRequest, SequenceTokens
 from lamella_engine.shard_store import ShardStore, default_store_root
 from lamella_engine.stored_form import StoredForm
 from lamella_engine.sweep_profile import SweepProfile, plain_console, profile_table
@@ -236,7 +236,10 @@ class AutoModel:
     def _collect(self, generated: dict[tuple[str, int], list[int]], pending: set[tuple[str, int]]) -> None:
         for batch in self.engine.events():
             for event in batch.events:
-                if isinstance(event, SequencePrefill) or (event.sequence_id, event.sample) not in generated:
+                if (
+                    not isinstance(event, SequenceTokens | SequenceFinished)
+                    or (event.sequence_id, event.sample) not in generated
+                ):
                     continue  # no token yet, or a leftover of an earlier call that was interrupted
                 key = (event.sequence_id, event.sample)
                 if isinstance(event, SequenceTokens):

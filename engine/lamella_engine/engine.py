@@ -19,6 +19,7 @@ import torch
 from lamella_engine.admission import Admission
 from lamella_engine.batch_limit import BatchLimit
 from lamella_engine.device import peak_rss_bytes, resolve_device
+from lamella_engine.embedding_job import EmbeddingJob, EmbeddingJobs
 from lamella_engine.errors import EngineClosed, EngineError, OptionError, SequenceError
 from lamella_engine.kv_shape import context_tokens
 from lamella_engine.open_model import open_sweep_model
@@ -40,6 +41,7 @@ from lamella_engine.sequence_types import (
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_store import ShardStore
 from lamella_engine.state_pool import StatePool
+from lamella_engine.stepwise import StepPack
 from lamella_engine.sweep import SweepModel
 from lamella_engine.sweep_thread import SweepThread
 from lamella_engine.text import TextCodec, end_token_ids, load_codec
@@ -80,11 +82,11 @@ class Engine:
         beside = None if whole is None else whole.pages_beside
         self._admission = Admission(model, codec, self._cache, options, self.end_token_ids)
         self._scheduler = Scheduler(self._cache, options.max_sequences, model.plan.sweep_tokens, beside)
-        self._options = options
+        self._embeddings = EmbeddingJobs(self._scheduler, self._forget)
         self._max_sequences = options.max_sequences
         self._batch = BatchLimit(options.max_sequences)
         self.before_sweep: Callable[[], object] = lambda: None
-        self._arrivals: list[Sequence] = []
+        self._arrivals: list[Sequence | EmbeddingJob] = []
         self._cancels: set[str] = set()
         self._live: set[str] = set()
         self._wake = wake or threading.Condition()
@@ -164,7 +166,7 @@ class Engine:
         """Totals since the engine opened; callable from any thread."""
         return EngineCounters(
             running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting) + len(self._arrivals),
+            waiting=len(self._scheduler.waiting) + len(self._arrivals) + self._embeddings.num_waiting,
             sweeps=self._sweeps,
             tokens=self._tokens,
             streamed_bytes=self._streamed_bytes,
@@ -185,7 +187,7 @@ class Engine:
             SequenceError: it cannot run (``code`` says why); nothing was added.
             EngineClosed: the engine is closed.
         """
-        sequence = self._admission.sequence(request)
+        arrival = self._admission.admit(request)
         with self._wake:
             self._check_open()
             if request.sequence_id in self._live:
@@ -193,7 +195,7 @@ class Engine:
             if len(self._scheduler.waiting) + len(self._arrivals) >= MAX_WAITING:
                 raise SequenceError("busy", f"{MAX_WAITING} sequences are waiting already; try again later")
             self._live.add(request.sequence_id)
-            self._arrivals.append(sequence)
+            self._arrivals.append(arrival)
             self._wake.notify()
 
     def cancel(self, sequence_id: str) -> None:
@@ -224,6 +226,7 @@ class Engine:
     def take_turn(self) -> bool:
         """The sweep boundary, and a sweep if anyone runs then; False if there was nothing to do."""
         events = self._join_and_leave()
+        self._embeddings.feed()
         self._scheduler.admit()
         if self._scheduler.running:
             events += self._sweep()
@@ -269,11 +272,17 @@ class Engine:
         with self._wake:
             arrivals, self._arrivals = self._arrivals, []
             cancels, self._cancels = self._cancels, set()
-            self._scheduler.waiting.extend(arrivals)
+            self._scheduler.waiting.extend(each for each in arrivals if isinstance(each, Sequence))
         events: list[SequenceEvent] = []
-        for sequence in [sequence for sequence in arrivals if sequence.reason is not None]:
-            events += self._end(sequence, sequence.reason or FinishReason.STOP)
+        for arrival in arrivals:
+            if isinstance(arrival, EmbeddingJob):
+                self._embeddings.add(arrival)
+            elif arrival.reason is not None:
+                events += self._end(arrival, arrival.reason)
         for sequence_id in cancels:
+            job = self._embeddings.of(sequence_id)
+            if job is not None:
+                events += self._embeddings.end(job, FinishReason.CANCELLED)
             for sequence in self._scheduler.find(sequence_id):
                 events += self._end(sequence, FinishReason.CANCELLED)
         return events
@@ -294,7 +303,8 @@ class Engine:
             if not is_out_of_memory(error) or not self._batch.shrink(len(failed)):
                 message = f"the sweep failed: {type(error).__name__}: {error}"
                 for sequence in failed:
-                    events += self._end(sequence, FinishReason.ERROR, "engine", message)
+                    if sequence.table is not None:  # the first text of a job takes the others along
+                        events += self._end(sequence, FinishReason.ERROR, "engine", message)
                 return events
         # The error is let go of by now, and with it the tensors of the sweep.
         self._scheduler.shed(self._batch.limit, is_state_lost=isinstance(self._cache, StatePool))
@@ -307,8 +317,15 @@ class Engine:
         self.before_sweep()
         rides = self._scheduler.rides()
         pack = self._model.pack([ride.span for ride in rides])
-        logits = self._model.run(pack, self._cache)
-        self._advance([rides[index] for index in pack.order], logits, events)
+        in_order = [rides[index] for index in pack.order]
+        hidden: torch.Tensor | None = None
+        if any(self._embeddings.of(ride.sequence) for ride in rides):
+            logits, hidden = self._model.run_heard(pack, self._cache)
+        else:
+            logits = self._model.run(pack, self._cache)
+        self._advance(in_order, logits, events)
+        if hidden is not None and not isinstance(pack, StepPack):
+            events += self._embeddings.advance(in_order, hidden, pack.last_rows.tolist(), self._model.swept_bytes)
         ended_s = time.perf_counter()
         self._model.timeline.add(Lane.SWEEP, "sweep", began_s, ended_s)
         self._sweep_seconds.append(ended_s - began_s)
@@ -323,12 +340,15 @@ class Engine:
         self._last_sweep_at = time.time()
         for ride in rides:
             ride.sequence.ride(len(ride.span.token_ids), swept_bytes)
-        partial = [ride.sequence.prefilled() for ride in rides if not ride.completes]
+        answers = [(row, ride) for row, ride in enumerate(rides) if self._embeddings.of(ride.sequence) is None]
+        partial = [ride.sequence.prefilled() for _, ride in answers if not ride.completes]
         events += [event for event in partial if event is not None]
-        rows = [row for row, ride in enumerate(rides) if ride.completes for _ in range(ride.sequence.places)]
+        rows = [row for row, ride in answers if ride.completes for _ in range(ride.sequence.places)]
         if not rows:
             return
-        drawing = [sequence for ride in rides if ride.completes for sequence in self._scheduler.fork(ride.sequence)]
+        drawing = [
+            sequence for _, ride in answers if ride.completes for sequence in self._scheduler.fork(ride.sequence)
+        ]
         wanted = logits if rows == list(range(len(logits))) else logits[rows]
         choices = sample(wanted, [sequence.draw() for sequence in drawing])
         for sequence, choice in zip(drawing, choices, strict=True):
@@ -355,15 +375,21 @@ class Engine:
         self, sequence: Sequence, reason: FinishReason, error_code: str | None = None, error: str | None = None
     ) -> list[SequenceEvent]:
         """Let a sequence go, with the samples that were to start from its prompt; their last events."""
+        job = self._embeddings.of(sequence)
+        if job is not None:
+            return self._embeddings.end(job, reason, error_code, error)
         self._scheduler.remove(sequence)
         if not self._scheduler.find(sequence.sequence_id):
-            with self._wake:
-                self._live.discard(sequence.sequence_id)
+            self._forget(sequence.sequence_id)
         events: list[SequenceEvent] = []
         for ended in (sequence, *sequence.siblings):
             events += self._news(ended)
             events.append(ended.finished(reason, error_code, error))
         return events
+
+    def _forget(self, sequence_id: str) -> None:
+        with self._wake:
+            self._live.discard(sequence_id)
 
     def _wait_for_work(self) -> None:
         with self._wake:

@@ -69,6 +69,31 @@ class RowLogits:
                 answer = kept.ask(ask, piece)
             yield answer
 
+    @contextmanager
+    def heard(self) -> Iterator[Heard]:
+        """What the backbone gives while the context lasts."""
+        heard = Heard(self._backbone.forward)
+        with _replaced(self._backbone, heard):
+            yield heard
+
+
+class Heard:
+    """Takes the place of a backbone's forward: runs it, and remembers the hidden states that it gives.
+
+    Attributes:
+        hidden: of the last run, [T, width]; None before it.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+        self.hidden: torch.Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        output = self._forward(*args, **kwargs)
+        self.hidden = (output[0] if isinstance(output, tuple) else output.last_hidden_state)[0]
+        return output
+
 
 class _Kept:
     """Takes the place of the backbone's forward: runs it once, then gives the wanted rows of what came of it."""

@@ -86,9 +86,26 @@ class ToolFormat(StrEnum):
     MISTRAL_ARGS = "mistral_args"  # [TOOL_CALLS]name[ARGS]{...}
 
 
+class Pooling(StrEnum):
+    """Which hidden states stand for a text."""
+
+    MEAN = "mean"  # the mean of all tokens'
+    LAST = "last"  # the last token's
+
+
+@dataclass(frozen=True)
+class EmbeddingTerms:
+    """Texts of which vectors are wanted in place of an answer: hidden states after the last norm, pooled."""
+
+    texts: tuple[str, ...]
+    pooling: Pooling = Pooling.MEAN
+    is_normalised: bool = True
+
+
 @dataclass(frozen=True)
 class SequenceRequest:
-    """One sequence: exactly one of `prompt_ids`, `prompt` (raw text), `messages` (role, content pairs), `tool_chat`.
+    """One sequence: exactly one of `prompt_ids`, `prompt` (raw text), `messages` (role, content pairs), `tool_chat`, or
+    `embedding`, for which nothing else matters.
 
     `generated_ids` are tokens drawn in an earlier life of the sequence: they are prefilled after the prompt, count
     against `max_tokens`, and no event is made for them again. `num_samples` continuations of the prompt run side by
@@ -105,6 +122,7 @@ class SequenceRequest:
     num_samples: int = 1
     answer_format: AnswerFormat | None = None
     tool_chat: ToolChat | None = None
+    embedding: EmbeddingTerms | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +181,17 @@ class SequenceFinished:
     sample: int = 0
 
 
-SequenceEvent = SequenceTokens | SequencePrefill | SequenceFinished
+@dataclass(frozen=True)
+class SequenceEmbeddings:
+    """What a request for embeddings brought, at once: `values` is base64 of float32 [count, width], little-endian."""
+
+    sequence_id: str
+    count: int
+    width: int
+    values: str
+
+
+SequenceEvent = SequenceTokens | SequencePrefill | SequenceEmbeddings | SequenceFinished
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,17 @@ class SweepModel:
         self._end_sweep(before)
         return logits
 
+    def run_heard(self, pack: Pack | StepPack, cache: KVCache | StatePool) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `run`, with what the head is given: hidden states of all rows, [T, width]; on the packed path only.
+
+        Raises:
+            As `run`.
+        """
+        with self._row_logits.heard() as heard:
+            logits = self.run(pack, cache)
+        assert heard.hidden is not None, "the model ran"
+        return logits, heard.hidden
+
     def run_rows(
         self, pack: Pack | StepPack, cache: KVCache | StatePool, counts: Sequence[int], piece_rows: int
     ) -> Generator[torch.Tensor, None, None]:

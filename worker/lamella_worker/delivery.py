@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lamella.messages import Cancelled, Done, Failed, Progress, TokenEvent
+from lamella.messages import JobEvent, Progress
 from lamella.registry_calls import EmitReply, EmitStatus, emit_call
 from lamella_worker.job_watch import NO_WATCH, JobWatch
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
@@ -35,7 +35,7 @@ class Emission:
     """
 
     job: RunningJob
-    events: tuple[TokenEvent | Done | Failed | Cancelled, ...] = ()
+    events: tuple[JobEvent, ...] = ()
     outcome: Outcome | None = None
     progress: Progress | None = None
 

@@ -18,6 +18,7 @@ from pydantic_core import to_json
 from lamella_engine.sequence_types import (
     EngineCounters,
     EngineFacts,
+    SequenceEmbeddings,
     SequenceFinished,
     SequencePrefill,
     SequenceRequest,
@@ -116,12 +117,15 @@ def _event_kind(value: object) -> str:
     names = value if isinstance(value, Mapping) else vars(value)
     if "token_ids" in names:
         return "tokens"
+    if "values" in names:
+        return "embeddings"
     return "prefill" if "prefilled_tokens" in names else "finished"
 
 
 Event = Annotated[
     Annotated[SequenceTokens, Tag("tokens")]
     | Annotated[SequencePrefill, Tag("prefill")]
+    | Annotated[SequenceEmbeddings, Tag("embeddings")]
     | Annotated[SequenceFinished, Tag("finished")],
     Discriminator(_event_kind),
 ]

@@ -138,6 +138,8 @@ class EngineServer:
 
 
 def _prompt(request: SequenceRequest) -> str:
+    if request.embedding is not None:
+        return "\n".join(request.embedding.texts)
     if request.tool_chat is not None:
         return request.tool_chat.messages
     return request.prompt or "\n".join(content for _, content in request.messages or ())

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, get_current_span, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from lamella.messages import Cancelled, Done, Failed, TokenEvent
+from lamella.messages import Cancelled, Done, Failed, JobEvent, TokenEvent
 from lamella_worker.job_watch import Claimed, JobWatch
 from lamella_worker.running_job import Outcome, RunningJob
 
@@ -155,7 +155,7 @@ class JobTraces(JobWatch):
         if (attempt := self._find(job)) is not None:
             attempt.prefill(done_tokens, all_tokens)
 
-    def stored(self, job: RunningJob, events: Sequence[TokenEvent | Done | Failed | Cancelled]) -> None:
+    def stored(self, job: RunningJob, events: Sequence[JobEvent]) -> None:
         """See `JobWatch`."""
         attempt = self._find(job)
         if attempt is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lamella.messages import Cancelled, Done, Failed, TokenEvent
+    from lamella.messages import JobEvent
     from lamella_worker.running_job import Outcome, RunningJob
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class JobWatch:
     def prefilled(self, job: RunningJob, done_tokens: int, all_tokens: int) -> None:
         """A job's prompt is read so far."""
 
-    def stored(self, job: RunningJob, events: Sequence[TokenEvent | Done | Failed | Cancelled]) -> None:
+    def stored(self, job: RunningJob, events: Sequence[JobEvent]) -> None:
         """A job's next events are in its stream, for good."""
 
     def fenced(self, job: RunningJob) -> None:
@@ -91,7 +91,7 @@ class JobWatchers(JobWatch):
         """See `JobWatch`."""
         self._tell(lambda watcher: watcher.prefilled(job, done_tokens, all_tokens))
 
-    def stored(self, job: RunningJob, events: Sequence[TokenEvent | Done | Failed | Cancelled]) -> None:
+    def stored(self, job: RunningJob, events: Sequence[JobEvent]) -> None:
         """See `JobWatch`."""
         self._tell(lambda watcher: watcher.stored(job, events))
 

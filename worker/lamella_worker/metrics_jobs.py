@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from lamella.messages import Cancelled, Done, Failed, TokenEvent
+from lamella.messages import Cancelled, Done, Failed, JobEvent, TokenEvent
 from lamella_worker.job_watch import Claimed, JobWatch
 from lamella_worker.running_job import Outcome, RunningJob
 
@@ -102,7 +102,7 @@ class JobMetrics(JobWatch):
         for seconds in sweep_seconds:
             self._of(model).sweeps.observe(seconds)
 
-    def stored(self, job: RunningJob, events: Sequence[TokenEvent | Done | Failed | Cancelled]) -> None:
+    def stored(self, job: RunningJob, events: Sequence[JobEvent]) -> None:
         """See `JobWatch`."""
         series = self._of(job.model)
         for event in events:

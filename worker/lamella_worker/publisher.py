@@ -10,10 +10,13 @@ import logging
 import threading
 from collections.abc import Callable
 
+from lamella.embedding import EmbeddingsEvent
 from lamella.messages import Cancelled, Done, Failed, Progress, TokenEvent, TokenLogprob, Usage
 from lamella_engine.errors import EngineError
 from lamella_engine.sequence_types import (
     FinishReason,
+    SequenceEmbeddings,
+    SequenceEvent,
     SequenceFinished,
     SequencePrefill,
     SequenceTokens,
@@ -97,11 +100,14 @@ class Publisher:
             self._delivery.deliver(list(emissions.values()))
 
 
-def _extend(emission: Emission, event: SequenceTokens | SequencePrefill | SequenceFinished) -> Emission:
+def _extend(emission: Emission, event: SequenceEvent) -> Emission:
     job = emission.job
     match event:
         case SequenceTokens():
             return Emission(job, (*emission.events, _token_event(event)), emission.outcome, emission.progress)
+        case SequenceEmbeddings(count=count, width=width, values=values):
+            vectors = EmbeddingsEvent(count=count, width=width, values=values)
+            return Emission(job, (*emission.events, vectors), emission.outcome, emission.progress)
         case SequencePrefill():
             progress = Progress(prefilled_tokens=event.prefilled_tokens, prompt_tokens=event.prompt_tokens)
             return Emission(job, emission.events, emission.outcome, progress)

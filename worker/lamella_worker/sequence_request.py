@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from lamella.chat import ChatMessage, FunctionTool, NamedTool
+from lamella.embedding import EmbedRequest
 from lamella.messages import GenerateRequest
 from lamella.response_format import (
     ChoiceFormat,
@@ -14,11 +15,24 @@ from lamella.response_format import (
     RegexFormat,
     ResponseFormat,
 )
-from lamella_engine.sequence_types import AnswerFormat, FormatKind, Sampling, SequenceRequest, ToolChat
+from lamella_engine.sequence_types import (
+    AnswerFormat,
+    EmbeddingTerms,
+    FormatKind,
+    Pooling,
+    Sampling,
+    SequenceRequest,
+    ToolChat,
+)
 
 
-def sequence_request(sequence_id: str, request: GenerateRequest, generated_ids: tuple[int, ...]) -> SequenceRequest:
+def sequence_request(
+    sequence_id: str, request: GenerateRequest | EmbedRequest, generated_ids: tuple[int, ...]
+) -> SequenceRequest:
     """Return the engine's form of `request`, to go on after the tokens its stream already holds."""
+    if isinstance(request, EmbedRequest):
+        terms = EmbeddingTerms(request.texts, Pooling(request.pooling), request.normalised)
+        return SequenceRequest(sequence_id, embedding=terms)
     messages, tool_chat = None, None
     if request.messages is not None and request.concerns_tools:
         tool_chat = _tool_chat(request, request.messages)

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import TypeVar
 
+from lamella.embedding import EmbedRequest
 from lamella.errors import DecodeError, EncryptionError
 from lamella.job_seal import JobSeal
 from lamella.messages import Failed, GenerateRequest, decode_request
@@ -269,7 +270,7 @@ class Session:
         return self._fail(job, "wrong_model", _wrong_model(asked_for, job.model))
 
     def _run_sequence(
-        self, job: RunningJob, engine: SweepEngine, request: GenerateRequest, generated_ids: tuple[int, ...]
+        self, job: RunningJob, engine: SweepEngine, request: GenerateRequest | EmbedRequest, generated_ids: tuple[int, ...]
     ) -> Outcome:
         def is_called_off() -> bool:
             is_stopped = self._draining.is_set() or self._paused.is_set()

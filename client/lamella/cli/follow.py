@@ -9,6 +9,7 @@ import typer
 
 from lamella.cli.output import figures, write_text
 from lamella.client import Client
+from lamella.embedding import EmbeddingsEvent
 from lamella.errors import JobCancelled, JobError, JobFailed
 from lamella.job import Job
 from lamella.messages import Cancelled, Done, Failed, Progress, TokenEvent
@@ -44,6 +45,8 @@ def _show(job: Job, item: StreamItem, texts: list[str]) -> Done | None:
         case TokenEvent(text=text):
             texts.append(text)
             write_text(text)
+        case EmbeddingsEvent(count=count, width=width):
+            write_text(f"{count} vectors of {width} numbers")
         case Progress(prefilled_tokens=read, prompt_tokens=total):
             _show_progress(read, total)
         case Failed(code=code, message=message):
