@@ -270,7 +270,11 @@ class Session:
         return self._fail(job, "wrong_model", _wrong_model(asked_for, job.model))
 
     def _run_sequence(
-        self, job: RunningJob, engine: SweepEngine, request: GenerateRequest | EmbedRequest, generated_ids: tuple[int, ...]
+        self,
+        job: RunningJob,
+        engine: SweepEngine,
+        request: GenerateRequest | EmbedRequest,
+        generated_ids: tuple[int, ...],
     ) -> Outcome:
         def is_called_off() -> bool:
             is_stopped = self._draining.is_set() or self._paused.is_set()
