@@ -14,25 +14,16 @@ import redis
 from lamella.client import Client
 from lamella.embedded import EmbeddedServer
 from lamella.errors import JobFailed
-from lamella.job import Job
 from lamella.messages import EngineProcessInfo, Failed, JobState
 from lamella_worker.config import RedisTable
 from lamella_worker.health import check_worker
 from lamella_worker.monitor import make_monitor
-from tests.faults.oracle import Undisturbed, assert_as_if_nothing_was
+from tests.faults.scripted_jobs import CALM, assert_all_as_if_nothing_was, expected, submit_and_wait
 from tests.waiting import wait_until
 from tests.worker.scripted_engine import scripted_text
 from tests.worker.scripted_fleet import ScriptedFleet
 
 NAME = "w1"
-TOKENS = 150
-
-
-@pytest.fixture
-def fleet(own_server: EmbeddedServer, tmp_path: Path) -> Iterator[ScriptedFleet]:
-    fleet = ScriptedFleet(own_server.url, tmp_path)
-    yield fleet
-    fleet.close()
 
 
 @pytest.fixture
@@ -60,26 +51,6 @@ def signal_engine(client: Client, number: signal.Signals) -> int:
     assert pid is not None
     os.kill(pid, number)
     return pid
-
-
-def expected(prompt: str, num_tokens: int = TOKENS) -> Undisturbed:
-    token_ids = tuple(int(word) for word in scripted_text(prompt, num_tokens).split())
-    options: dict[str, object] = {"model": "tiny", "max_tokens": num_tokens, "require_worker": False}
-    return Undisturbed(prompt, options, token_ids, scripted_text(prompt, num_tokens), len(prompt))
-
-
-CALM = [expected(prompt) for prompt in ("hello", "hello again", "good day", "good night")]
-
-
-def submit_and_wait(client: Client, num_events: int = 20) -> list[Job]:
-    jobs = [each.submit(client) for each in CALM]
-    wait_until(lambda: all(job.status().events >= num_events for job in jobs))
-    return jobs
-
-
-def assert_all_as_if_nothing_was(jobs: list[Job], attempts: int | None = None) -> None:
-    for job, calm in zip(jobs, CALM, strict=True):
-        assert_as_if_nothing_was(job, calm, attempts=attempts)
 
 
 @pytest.mark.parametrize("fault", ["hang", "freeze"])
@@ -114,7 +85,7 @@ def test_a_poisoned_job_is_alone_when_it_does_harm_again_and_is_dead_after_three
     client: Client, fleet: ScriptedFleet
 ) -> None:
     start(fleet, "submit=segfault@1+~poison")
-    jobs = submit_and_wait(client, 10)
+    jobs = submit_and_wait(client, num_events=10)
 
     poison = expected("a poisoned well").submit(client)
 

@@ -32,13 +32,21 @@ class ScriptedFleet:
         isolation: str = "none",
         failpoints: str = "",
         settings: Sequence[str] = (),
+        url: str | None = None,
+        clock_shift_s: float = 0.0,
     ) -> None:
-        """Start workers side by side, and wait until all are listed; `settings` are of the form worker.hang_s=2.0."""
+        """Start workers side by side, and wait until all are listed; `settings` are of the form worker.hang_s=2.0.
+
+        With `url` they reach the server in another way than the test does; with `clock_shift_s` their clocks are wrong.
+        """
+        program = ["-m", "tests.worker.scripted_worker"]
+        if clock_shift_s:
+            program = ["-m", "tests.faults.lying_clock", str(clock_shift_s), "tests.worker.scripted_worker"]
         for name in names:
             options = [str(slots), str(lease_s), str(drain_s), str(sweep_s), isolation, *settings]
             with (self._logs / f"{name}.log").open("ab") as output:
                 self.processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", "tests.worker.scripted_worker", "tiny", self._url, name, *options],
+                    [sys.executable, *program, "tiny", url or self._url, name, *options],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -60,7 +60,17 @@ def test_a_sweep_with_a_text_counts_from_when_such_a_prompt_came() -> None:
     assert [fails(failpoints, "sweep") for _ in range(3)] == [False, True, False]
 
 
-@pytest.mark.parametrize("wrong", ["sweep", "sweep=explode", "nowhere=exit", "sweep=exit@x", "sweep=exit#"])
+def test_a_point_of_the_worker_counts_like_the_others() -> None:
+    failpoints = Failpoints("emit=error@2", None)
+
+    assert [fails(failpoints, point) for point in ("emit", "emitted", "end", "emit", "emit")] == [
+        *(False, False, False, True, False)
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["sweep", "sweep=explode", "nowhere=exit", "sweep=exit@x", "sweep=exit#", "emit=kill#0", "end=kill~x"]
+)
 def test_what_is_no_failpoint_is_refused_by_name(wrong: str) -> None:
     with pytest.raises(ValueError, match=f"names '{wrong}'"):
         Failpoints(wrong, 0)

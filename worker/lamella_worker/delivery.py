@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lamella.messages import JobEvent, Progress
 from lamella.registry_calls import EmitReply, EmitStatus, emit_call
+from lamella_worker.failpoints import pass_point
 from lamella_worker.job_watch import NO_WATCH, JobWatch
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
 from lamella_worker.running_job import Outcome, RunningJob
@@ -127,7 +128,11 @@ class Delivery:
             )
             for e in emissions
         ]
-        for emission, reply in zip(emissions, self._registry.call_many(calls, notices), strict=True):
+        is_end = any(e.outcome is Outcome.ENDED for e in emissions)
+        pass_point("end" if is_end else "emit")
+        replies = self._registry.call_many(calls, notices)
+        pass_point("ended" if is_end else "emitted")
+        for emission, reply in zip(emissions, replies, strict=True):
             if isinstance(reply, RegistryAway):
                 failures.append((emission, reply))
             elif isinstance(reply, RegistryBroken):

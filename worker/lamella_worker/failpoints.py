@@ -1,14 +1,20 @@
-"""Faults on demand in the engine process, for tests: points where it hangs, crashes, dawdles or lacks memory.
+"""Faults on demand, for tests: points where a worker or its engine process hangs, crashes, dawdles or lacks memory.
 
-Owns the environment variable ``LAMELLA_FAILPOINTS`` and its grammar; read in the engine process only, and an engine in
-the worker's own process has no failpoints. Several are separated by ``;``, each of the form::
+Owns the environment variable ``LAMELLA_FAILPOINTS`` and its grammar. Several are separated by ``;``, each of the form::
 
     point=action[@nth][#child][~text]
 
-The points are ``open`` (before the engine opens), ``submit`` (before a sequence is taken) and ``sweep`` (in the sweep
-thread, before each sweep). With `text`, only sequences count whose prompt has it: ``submit`` passes over the others,
-``sweep`` begins to count when such a sequence comes. A point acts the `nth` time it is passed, the first time unless
-said; with ``@nth+`` also ever after. `child` is the number of the engine process, from 0; left out, all of them.
+Points of the engine process (an engine in the worker's own process has none): ``open`` (before the engine opens),
+``submit`` (before a sequence is taken) and ``sweep`` (in the sweep thread, before each sweep). With `text`, only
+sequences count whose prompt has it: ``submit`` passes over the others, ``sweep`` begins to count when such a sequence
+comes. `child` is the number of the engine process, from 0; left out, all of them.
+
+Points of the worker, which know neither `child` nor `text`: ``taken`` (a message has left its queue and is not yet
+noted as a delivery), ``claimed`` (the engine does not know the job yet), ``emit`` and ``emitted`` (before and after a
+sweep's events are stored), ``end`` and ``ended`` (the same for a sweep that ends a job; the message is not
+acknowledged yet).
+
+A point acts the `nth` time it is passed, the first time unless said; with ``@nth+`` also ever after.
 """
 
 from __future__ import annotations
@@ -20,14 +26,19 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 VARIABLE = "LAMELLA_FAILPOINTS"
 EXIT_CODE = 3
 HANG_S = 600.0  # a hang that nobody ends has an end
 SLOW_S = 0.005  # so that a test gets between two sweeps of a tiny model
 
+ENGINE_POINTS = ("open", "submit", "sweep")
+WORKER_POINTS = ("taken", "claimed", "emit", "emitted", "end", "ended")
+
 _FORM = re.compile(
-    r"(?P<point>open|submit|sweep)=(?P<action>[a-z]+)(@(?P<nth>\d+)(?P<on>\+)?)?(#(?P<child>\d+))?(~(?P<text>.+))?"
+    rf"(?P<point>{'|'.join(ENGINE_POINTS + WORKER_POINTS)})=(?P<action>[a-z]+)(@(?P<nth>\d+)(?P<on>\+)?)?"
+    r"(#(?P<child>\d+))?(~(?P<text>.+))?"
 )
 
 
@@ -97,20 +108,20 @@ class _Failpoint:
 
 
 class Failpoints:
-    """The failpoints of one engine process; safe to use from any thread.
+    """The failpoints of one process, the `child`-th engine process or (None) a worker; safe to use from any thread.
 
     Raises:
         ValueError: a failpoint is not of the form above.
     """
 
-    def __init__(self, specification: str, child: int) -> None:
+    def __init__(self, specification: str, child: int | None) -> None:
         found = [_parse(part) for part in specification.split(";") if part.strip()]
         self._points = [each for each in found if each.child in (None, child)]
         self._lock = threading.Lock()
 
     @classmethod
-    def from_environment(cls, child: int, environ: Mapping[str, str] | None = None) -> Failpoints:
-        """Those that the environment names for the `child`-th engine process."""
+    def from_environment(cls, child: int | None, environ: Mapping[str, str] | None = None) -> Failpoints:
+        """Those that the environment names for the `child`-th engine process or (None) for the worker."""
         return cls((os.environ if environ is None else environ).get(VARIABLE, ""), child)
 
     def has(self, point: str) -> bool:
@@ -119,6 +130,8 @@ class Failpoints:
 
     def hit(self, point: str, text: str = "") -> None:
         """Pass `point`, with a sequence's prompt where there is one; may raise, hang, or not come back."""
+        if not self._points:
+            return
         with self._lock:
             if point == "submit":
                 self._arm(text)
@@ -134,15 +147,35 @@ class Failpoints:
                 each.is_armed, each.passed = True, 0
 
 
+@cache
+def of_worker() -> Failpoints:
+    """Return the failpoints of this worker process, read from its environment the first time.
+
+    Raises:
+        ValueError: a failpoint is not of the form above.
+    """
+    return Failpoints.from_environment(None)
+
+
+def pass_point(point: str) -> None:
+    """Pass a point of the worker; may raise, hang, or not come back."""
+    of_worker().hit(point)
+
+
 def _parse(part: str) -> _Failpoint:
     match = _FORM.fullmatch(part.strip())
-    if match is None or match["action"] not in ACTIONS:
+    if match is None or match["action"] not in ACTIONS or not _fits(match):
         raise ValueError(
             f"{VARIABLE} names {part.strip()!r}; a failpoint is point=action[@nth][#child][~text], with the points "
-            f"open, submit and sweep and the actions {', '.join(ACTIONS)}"
+            f"{', '.join(ENGINE_POINTS)} and (without #child and ~text) {', '.join(WORKER_POINTS)}, and the actions "
+            f"{', '.join(ACTIONS)}"
         )
     child = None if match["child"] is None else int(match["child"])
     text = match["text"] or ""
     return _Failpoint(
         match["point"], match["action"], int(match["nth"] or 1), bool(match["on"]), child, text, is_armed=not text
     )
+
+
+def _fits(match: re.Match[str]) -> bool:
+    return match["point"] in ENGINE_POINTS or (match["child"] is None and match["text"] is None)

@@ -33,6 +33,7 @@ from lamella_worker.device import PinnedDevice
 from lamella_worker.drain import EXIT_FAILURE, Drain
 from lamella_worker.engine_port import EngineHost, OpenHost, ServedModel
 from lamella_worker.engine_sources import EngineSources
+from lamella_worker.failpoints import of_worker
 from lamella_worker.heartbeat import Heartbeat, WorkerFacts
 from lamella_worker.job_table import JobTable
 from lamella_worker.lease_keeper import LeaseKeeper
@@ -80,13 +81,14 @@ def serve(config: WorkerConfig, device: PinnedDevice) -> int:
     """Open the engines and serve jobs until told to stop; returns the exit code.
 
     Raises:
-        ConfigError: a model is not allowed, or the encryption keys cannot be used; nothing was fetched.
+        ConfigError: a model is not allowed, or the encryption keys or failpoints cannot be used; nothing was fetched.
         WorkerError: the server refuses this worker, or the engines cannot open. Nothing was taken from the queue.
     """
     name = worker_name(config, device)
     label_logs(ProcessLabels(config.telemetry.log_format, name, ",".join(config.worker.served)))
     models = admitted_models(config, config.worker.served)
     ring = load_key_ring(config.security.encryption_keys_file, "security.encryption_keys_file")
+    _check_failpoints()
     refuse_hopeless(config.redis.url.get_secret_value(), config.redis.prefix, REGISTRY_TIMEOUT_S)
     log.info("lamella worker %s, pid %d", version("lamella"), os.getpid())
     for model in models:
@@ -97,6 +99,13 @@ def serve(config: WorkerConfig, device: PinnedDevice) -> int:
     with Telemetry(config, name) as telemetry:
         serving = Serving(models, host_opener(config, device))
         return WorkerProcess(serving, config, device, telemetry, ring).run()
+
+
+def _check_failpoints() -> None:
+    try:
+        of_worker()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def admitted_models(config: WorkerConfig, names: Sequence[str]) -> tuple[ServedModel, ...]:

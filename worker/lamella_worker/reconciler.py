@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 PAGE = 500  # jobs looked at in one tick
 WORKERS_LISTED = 1000
-LOCK_MS = 3000
+LOCK_MS = 2000  # of a leader that is gone; two at once do no harm
 SHORTEST_QUIET_MS = 2000
 
 

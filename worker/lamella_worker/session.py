@@ -25,6 +25,7 @@ from lamella_engine.errors import EngineClosed, SequenceError
 from lamella_worker.config import WorkerConfig
 from lamella_worker.delivery import FIRST_RETRY_S, LONGEST_RETRY_S, Delivery, Emission
 from lamella_worker.engine_port import ENGINE_ERROR, EngineAway, ServedEngines, SweepEngine
+from lamella_worker.failpoints import pass_point
 from lamella_worker.gate import Gate
 from lamella_worker.job_table import JobTable
 from lamella_worker.job_watch import NO_WATCH, Claimed, JobWatch
@@ -129,6 +130,7 @@ class Session:
             if claim.status is not ClaimStatus.OK:
                 self._report_unclaimed(job_id, model, claim.status)
                 return Verdict.ACK
+            pass_point("claimed")
             job = RunningJob(job_id, claim.fence, claim.seq + 1, claim.attempts, JobSeal(self._registry.ring), model)
             listing.enter_context(self._table.listed(job))
             listing.enter_context(about_job(job_id, claim.attempts))

@@ -17,6 +17,8 @@ from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from kombu.utils.scheduling import round_robin_cycle as RoundRobin
 
+from lamella_worker.failpoints import pass_point
+
 log = logging.getLogger(__name__)
 
 FULL_QUEUES = "full_queues"  # the transport option, a list that changes; of plain names, because monitors are shown it
@@ -26,10 +28,15 @@ NAME = "lamella"  # the transport's name in broker URLs
 class Deliveries(kombu_redis.QoS):
     """Unacknowledged deliveries of one channel, forgotten here once the channel has lost its connection."""
 
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """Note a message, which has just left its queue, as a delivery."""
+        pass_point("taken")
+        super().append(message, delivery_tag)  # type: ignore[no-untyped-call]  # kombu has few types
+
     def ack(self, delivery_tag: str) -> None:
         """Acknowledge a delivery."""
         if self._is_connected("acknowledged"):
-            super().ack(delivery_tag)  # type: ignore[no-untyped-call]  # kombu has few types
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call]  # as above
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Drop a delivery, or put it back into its queue."""
