@@ -29,6 +29,7 @@ from lamella.messages import WorkerInfo
 from lamella_worker.app import make_app
 from lamella_worker.child_host import ChildHost
 from lamella_worker.config import WorkerConfig
+from lamella_worker.consumer import PatientConsumer
 from lamella_worker.device import PinnedDevice
 from lamella_worker.drain import EXIT_FAILURE, Drain
 from lamella_worker.engine_port import EngineHost, OpenHost, ServedModel
@@ -281,6 +282,7 @@ class WorkerProcess:
             app=app,
             hostname=f"{self.name}@{socket.gethostname()}",
             pool_cls=ThreadPool,
+            consumer_cls=PatientConsumer,
             concurrency=app.conf.worker_concurrency,
             task_events=True,
             loglevel="INFO",

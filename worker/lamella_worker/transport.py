@@ -1,11 +1,14 @@
 """Kombu's Redis transport, made to survive a lost connection with deliveries in hand, and junk in a queue.
 
-Owns two repairs. When the broker goes away, Celery first collects the connection and then closes its channel, which
+Owns three repairs. When the broker goes away, Celery first collects the connection and then closes its channel, which
 tries to give deliveries back over the connection that is no longer there; the AttributeError of that, and the one of
 an acknowledgement that comes later still, end the consumer for good. Here both are let go: such a delivery comes back
 by itself after the visibility timeout, and the claim of its job then says that it is held or done. And a queue entry
-that is no Celery message at all would end the consumer too; here it is dropped. And a rule: queues that are named in
-the option `FULL_QUEUES` are left alone, so that one model's jobs do not take the places of another's.
+that is no Celery message at all would end the consumer too; here it is dropped. Last, a server that refuses for a while
+(it is full, a replica during a failover, or cannot write to its disk) ended the consumer and with it the worker; here a
+refusal counts as a lost connection, and `consumer` connects again until the server takes what it is asked. And a rule:
+queues that are named in the option `FULL_QUEUES` are left alone, so that one model's jobs do not take the places of
+another's.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from kombu.utils.scheduling import round_robin_cycle as RoundRobin
+from redis.exceptions import ResponseError
 
 from lamella_worker.failpoints import pass_point
 
@@ -90,6 +94,7 @@ class Transport(kombu_redis.Transport):
     """The Redis transport with such channels; known to kombu as `NAME`."""
 
     Channel = Channel
+    connection_errors = (*kombu_redis.Transport.connection_errors, ResponseError)
 
 
 TRANSPORT_ALIASES.setdefault(NAME, f"{__name__}:Transport")
