@@ -7,7 +7,7 @@ In the order a job flows through them:
 - `process`, `open_engine`, `worker_error`: one worker put together and taken apart.
 - `child_engine`, `supervisor`, `sweep_watch`, `restart_rule`, `engine_process`: the engine in a process of its own.
 - `channel`, `engine_messages`: what the two say to each other; `engine_child`, `engine_server`, `failpoints`: its side.
-- `app`, `transport`, `consumer`, `tasks`: Celery's settings, its broker connection, how it comes back to it, and the one
+- `app`, `transport`, `consumer`, `tasks`: Celery's settings, its broker connection, its way back, and the one
   task, which carries a job id.
 - `session`, `gate`, `sequence_request`, `engine_port`: claim, resume point, entry into the engine, way back.
 - `publisher`, `delivery`, `registry`: each sweep's tokens to Redis, under a fence, again until they are there.
