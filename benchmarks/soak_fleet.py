@@ -1,8 +1,8 @@
 """The workers of a soak: started, killed with SIGKILL, and started again, as a service manager would.
 
 Owns the worker processes and their logs. With the engine `scripted` a worker is the real one (Celery, session,
-publisher, leases, reconciler) around an engine without weights, so that thousands of jobs fit in minutes; with `tiny`
-the engine is real too, in a process of its own. Neighbour: `soak`, which decides who is killed and when.
+publisher, leases, reconciler, supervisor) whose engine process has no weights, so that thousands of jobs fit in
+minutes; with `tiny` the engine is real too. Neighbour: `soak`, which decides who is killed and when.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class SoakFleet:
     def _command(self, name: str) -> list[str]:
         terms = self._terms
         if terms.engine == "scripted":
-            options = [str(terms.slots), str(terms.lease_s), "8.0", str(SWEEP_S), "none"]
+            options = [str(terms.slots), str(terms.lease_s), "8.0", str(SWEEP_S), "child"]
             return [
                 *(sys.executable, "-m", "tests.worker.scripted_worker", MODEL, self._url, name),
                 *(*options, f"worker.max_attempts={terms.max_attempts}"),

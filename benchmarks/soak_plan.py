@@ -101,7 +101,17 @@ def write_answers(path: Path, answers: list[SoakAnswer]) -> None:
 def read_answers(path: Path) -> list[SoakAnswer]:
     """Read what came."""
     return [
-        SoakAnswer(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        SoakAnswer(
+            int(raw["number"]),
+            int(raw["request"]),
+            str(raw["job_id"]),
+            tuple(raw["seqs"]),
+            tuple(raw["at_s"]),
+            tuple(raw["token_ids"]),
+            str(raw["text"]),
+            str(raw["ended"]),
+            (int(raw["usage"][0]), int(raw["usage"][1])),
+        )
         for raw in json.loads(path.read_text(encoding="utf-8"))
     ]
 

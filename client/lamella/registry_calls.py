@@ -88,6 +88,7 @@ class ClaimReply(NamedTuple):
 
     `seq` is the highest stored event, so the next one is ``seq + 1``. `request_json` is left encoded because the claim
     already stands when it turns out unreadable: decode with `decode_request`, end the job under `fence` if it raises.
+    `was_left` says that the worker which had it before never gave it back: its lease ran out.
     """
 
     status: ClaimStatus
@@ -95,6 +96,7 @@ class ClaimReply(NamedTuple):
     attempts: int = 0
     seq: int = 0
     request_json: str = ""
+    was_left: bool = False
 
 
 class EmitStatus(StrEnum):
@@ -336,8 +338,9 @@ def _decode_claim(raw: object) -> ClaimReply:
     status = read_member(ClaimStatus, items[0])
     if status is not ClaimStatus.OK:
         return ClaimReply(status)
-    _, fence, attempts, seq, request_json = read_items(raw, "claim", 5)
-    return ClaimReply(status, read_integer(fence), read_integer(attempts), read_integer(seq), read_text(request_json))
+    _, *figures, request_json, was_left = read_items(raw, "claim", 6)
+    fence, attempts, seq = map(read_integer, figures)
+    return ClaimReply(status, fence, attempts, seq, read_text(request_json), read_integer(was_left) == 1)
 
 
 def _decode_emit(raw: object) -> EmitReply:

@@ -18,6 +18,7 @@ from lamella.registry_calls import (
     SubmitStatus,
     cancel_call,
     emit_call,
+    release_call,
 )
 from tests.client.acting_worker import MODEL, ActingWorker, call, done, failed, token
 from tests.client.registry_driver import KEYS, events, expire_lease, state, submit
@@ -118,6 +119,17 @@ class TestClaim:
         reply = ActingWorker(fake_redis, "other").claim("j1")
 
         assert reply[:4] == (ClaimStatus.OK, 2, 2, 2)
+
+    def test_it_says_whether_the_worker_before_was_lost_or_gave_it_back(
+        self, fake_redis: redis.Redis, worker: ActingWorker
+    ) -> None:
+        submit(fake_redis)
+        first = worker.claim("j1")
+        call(fake_redis, release_call(KEYS, "j1", first.fence, False))
+        given_back = worker.claim("j1")
+        expire_lease(fake_redis)
+
+        assert [first.was_left, given_back.was_left, worker.claim("j1").was_left] == [False, False, True]
 
     def test_a_stale_worker_is_refused(self, fake_redis: redis.Redis, worker: ActingWorker) -> None:
         submit(fake_redis)

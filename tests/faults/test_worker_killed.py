@@ -72,6 +72,26 @@ def test_a_killed_workers_job_goes_on_within_its_lease_and_two_seconds(
     assert p99 <= LEASE_S + GRACE_S + slack_s
 
 
+def test_jobs_of_a_lost_worker_do_not_wait_for_those_that_run_elsewhere(near: Client, fleet: ScriptedFleet) -> None:
+    """Fault 1 on a busy service: with engines in processes of their own, a lost worker does not make jobs suspects."""
+    fleet.start("w1", "w2", slots=4, lease_s=1.0, isolation="child")
+    endless = [near.submit("good day", model="tiny", max_tokens=100_000, require_worker=False) for _ in range(5)]
+    wait_until(lambda: all(job.status().events >= 5 for job in endless))
+    (few, many) = sorted(("w1", "w2"), key=lambda name: sum(job.status().worker == name for job in endless))
+    theirs = [job for job in endless if job.status().worker == few]
+    others = [job for job in endless if job.status().worker == many]
+    assert theirs
+
+    fleet.processes[few].kill()
+    free = others.pop()
+    free.cancel()
+
+    wait_until(lambda: any(job.status().worker == many for job in theirs))
+    resumed = next(job for job in theirs if job.status().worker == many)
+    before = {job.id: job.status().events for job in [resumed, *others]}
+    wait_until(lambda: all(job.status().events > before[job.id] + 5 for job in [resumed, *others]))
+
+
 @pytest.mark.parametrize(
     "window",
     [

@@ -1,8 +1,8 @@
 """Lets jobs into the engine: many together, or one alone after a lost attempt.
 
-Owns the order of entry only. A job whose earlier attempt ended with a dead worker, a dead engine or a failed sweep may
-be the cause; from then on it shares the engine with nobody, so that it cannot take others down with it and they
-cannot use up its attempts. Jobs that wait for the engine to be free go before newcomers.
+Owns the order of entry only. A job whose earlier attempt ended with a dead engine or a failed sweep may be the cause;
+from then on it shares the engine with nobody, so that it cannot take others down with it and they cannot use up its
+attempts. Which jobs these are is `session`'s to say. Jobs that wait for the engine to be free go before newcomers.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ LOOK_S = 1.0  # how often a waiting task looks whether the session still works
 ENGINE_WAIT_S = 5.0  # for an engine that is started again, or a slot; then the message goes back, for other workers
 UNLIMITED = 4096
 ALONE_FROM = 2  # the attempt from which on a job runs alone
+ALONE_FROM_LEFT = 3  # the same where it was a worker that was lost, and not an engine
 PARKED_REMEMBERED = 1000
 
 
@@ -249,7 +250,7 @@ class Session:
             generated_ids = self._patiently(lambda: self._registry.stored_token_ids(job.job_id, claim.seq, opened))
             if generated_ids is None:
                 return Outcome.GIVEN_BACK
-            return self._run_sequence(job, engine, request, generated_ids)
+            return self._run_sequence(job, engine, request, generated_ids, is_alone=self._runs_alone(claim))
         except EncryptionError as error:
             if self._is_new(job.job_id):
                 log.error("job=%s is left for a worker that can open it: %s", job.job_id, error)
@@ -271,18 +272,29 @@ class Session:
             return Outcome.GIVEN_BACK  # it was served when the message came
         return self._fail(job, "wrong_model", _wrong_model(asked_for, job.model))
 
+    def _runs_alone(self, claim: ClaimReply) -> bool:
+        """A job that may have killed an engine shares one with nobody.
+
+        Where engines have processes of their own, a job kills its engine and not its worker. So a worker that was
+        lost says little about its jobs: they go on together, without waiting for those that run here already.
+        """
+        limits = self._config.worker
+        alone_from = ALONE_FROM_LEFT if claim.was_left and limits.isolation == "child" else ALONE_FROM
+        return claim.attempts >= min(alone_from, max(ALONE_FROM, limits.max_attempts))
+
     def _run_sequence(
         self,
         job: RunningJob,
         engine: SweepEngine,
         request: GenerateRequest | EmbedRequest,
         generated_ids: tuple[int, ...],
+        *,
+        is_alone: bool,
     ) -> Outcome:
         def is_called_off() -> bool:
             is_stopped = self._draining.is_set() or self._paused.is_set()
             return is_stopped or job.is_settled or job.is_cancel_requested
 
-        is_alone = job.attempts >= ALONE_FROM
         with self._gate.pass_through(is_alone=is_alone, is_called_off=is_called_off) as has_entered:
             if has_entered and not is_called_off():
                 log.info(

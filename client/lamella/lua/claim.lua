@@ -1,7 +1,7 @@
 -- Takes a job for one worker: a fence and a lease, or the reason why not.
 -- KEYS job
 -- ARGV prefix, ttl_s, job_id, worker, lease_ms, max_attempts, version, poison event JSON
--- Returns {ok, fence, attempts, seq, request}
+-- Returns {ok, fence, attempts, seq, request, 1 if the worker that had it let its lease run out (else 0)}
 --   or {missing|held|done|failed|cancelled|poison|unknown_schema}
 local job_id, now = ARGV[3], now_ms()
 local held = redis.call('HMGET', KEYS[1], 'state', 'v', 'lease_until', 'cancel', 'seq', 'request')
@@ -39,4 +39,4 @@ local fence = redis.call('HINCRBY', KEYS[1], 'fence', 1)
 local attempts = redis.call('HINCRBY', KEYS[1], 'attempts', 1)
 redis.call('HSET', KEYS[1], 'state', 'running', 'worker', ARGV[4], 'lease_until', now + tonumber(ARGV[5]), 'nudges', 0)
 redis.call('HSETNX', KEYS[1], 'started_at', now)
-return {'ok', fence, attempts, tonumber(held[5]), held[6]}
+return {'ok', fence, attempts, tonumber(held[5]), held[6], state == 'running' and 1 or 0}
