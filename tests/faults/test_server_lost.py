@@ -25,7 +25,7 @@ from tests.worker.scripted_engine import scripted_text
 from tests.worker.scripted_fleet import ScriptedFleet
 
 KEYS = Keys()
-LONG = [expected(prompt, 400) for prompt in ("hello", "hello again", "good day", "good night")]
+LONG = [expected(prompt, 300) for prompt in ("hello", "hello again", "good day", "good night")]
 
 
 class Follower(threading.Thread):
@@ -123,7 +123,7 @@ def test_while_the_server_is_away_a_submit_says_so_and_a_reader_goes_on_later(
 
         rest = [item.seq for item in impatient.job(job.id).stream(after=seen[-1] or 0, timeout_s=60)]
 
-    assert [*seen, *rest] == list(range(1, 402))
+    assert [*seen, *rest] == list(range(1, 302))
     assert_as_if_nothing_was(job, LONG[0])
 
 
