@@ -6,6 +6,7 @@ In the order data flows through them:
   `json_file`, `dequantise`, `checkpoint`, `gguf_header`, `gguf_checkpoint`: where a model comes from, and what it
   expands to.
 - `unpickle`, `pickled_checkpoint`: pickled weights, on demand, made into such a checkpoint.
+- `peer_address`, `peer_server`, `peer_client`, `peer_fetch`: shards from another host's store, and for it.
 - `architecture`, `family_path`, `rehearsal`, `state_size`: the module tree without weights, whether and how it can run
   here, and what its sequences keep; `narrow_copy`, `parts_probe`: whether its prompts may be read in parts.
 - `importers`: families that exist as code of their own only, brought onto transformers' classes; `alibi`: linear
@@ -36,7 +37,7 @@ In the order data flows through them:
 - `texts`, `quality_text`, `quality_pair`, `row_logits`, `quality_figures`, `quality`: what a packed model loses, by the
   logits of many rows of a sweep.
 - `out_of_memory`, `batch_limit`: what an engine does about memory that is short in a sweep.
-- `auto_model`: the engine in one process, for scripts; `cli_options`, `cli`, `inspect_report`, `plan_target`,
+- `auto_model`: the engine in one process, for scripts; `cli_options`, `cli`, `peer_cli`, `inspect_report`, `plan_target`,
   `plan_report`, `plan_cli`, `bench_cli`, `quality_cli`: in a shell, with `byte_size`, `progress`, `console_progress`.
 
 Names that need torch are loaded when they are first used, so that a process which only speaks to an engine elsewhere

@@ -19,6 +19,7 @@ from lamella_engine.device import resolve_device
 from lamella_engine.engine import Engine
 from lamella_engine.errors import EngineError, OptionError, SequenceError
 from lamella_engine.options import EngineOptions
+from lamella_engine.peer_address import Peers
 from lamella_engine.sequence_types import FinishReason, Sampling, SequenceFinished, SequenceRequest, SequenceTokens
 from lamella_engine.shard_store import ShardStore, default_store_root
 from lamella_engine.stored_form import StoredForm
@@ -102,7 +103,7 @@ class AutoModel:
             vram=vram,
             ram=ram,
         )
-        store = ShardStore(root)
+        store = ShardStore(root, peers=Peers.from_environment())
         quant = None if compression is None else COMPRESSIONS.get(compression, compression)
         sharded = store.ensure(path_or_id, form=StoredForm(quant=quant), hub_token=hf_token)
         if delete_original:

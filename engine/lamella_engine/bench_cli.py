@@ -21,6 +21,7 @@ from lamella_engine.cli_options import ExpertCacheOption, StoreOption, device_bu
 from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.errors import OptionError
 from lamella_engine.options import DTYPES, EngineOptions
+from lamella_engine.peer_address import Peers
 from lamella_engine.shard_store import ShardStore, default_store_root
 from lamella_engine.sweep_profile import plain_console, profile_table
 
@@ -71,7 +72,8 @@ def bench(  # noqa: PLR0913  a command has as many arguments as options
 def _measure(model: str, request: BenchRequest) -> BenchReport:
     options = request.options
     with ConsoleProgress() as progress:  # closed before anything is timed
-        sharded = ShardStore(options.store).ensure(model, offline=options.offline, progress=progress)
+        store = ShardStore(options.store, peers=Peers.from_environment())
+        sharded = store.ensure(model, offline=options.offline, progress=progress)
     return run_bench(sharded, request, lambda text: typer.echo(text, err=True))
 
 

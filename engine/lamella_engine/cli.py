@@ -20,8 +20,10 @@ from lamella_engine.byte_size import byte_size
 from lamella_engine.cli_options import (
     DeleteOption,
     DtypeOption,
+    FromOption,
     InPlaceOption,
     JsonOption,
+    OfflineOption,
     QuantDeviceOption,
     QuantOption,
     QuantTargetOption,
@@ -37,16 +39,22 @@ from lamella_engine.errors import ModelError, OptionError
 from lamella_engine.inspect_report import described_facts
 from lamella_engine.manifest import ORIGINAL, Manifest
 from lamella_engine.names import check_model_name
-from lamella_engine.shard_store import PLAIN
+from lamella_engine.peer_address import Peers
+from lamella_engine.peer_cli import share
+from lamella_engine.shard_store import NO_PEERS, PLAIN
 from lamella_engine.store_room import Occupant
 from lamella_engine.stored_form import StoredForm
 
 app = typer.Typer(
     name="models",
-    help="The models of this host's shard cache: list, inspect, verify, remove, pull, import, quota, prune.",
+    help="The models of this host's shard cache: list, inspect, verify, remove, pull, import, share, quota, prune. "
+    "Of a running service: `where NAME` shows who serves a model, `pull NAME --on WORKER` has a worker fetch it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(share)
 
 
 @app.command("list")
@@ -154,14 +162,21 @@ def pull(  # noqa: PLR0913  a command has as many arguments as options
     quant_target_bytes: QuantTargetOption = None,
     quant_device: QuantDeviceOption = "auto",
     delete_original: DeleteOption = False,
+    sources: FromOption = None,
+    offline: OfflineOption = False,
 ) -> None:
-    """Fetch a model from the hub and build its shards; does nothing if the store has it.
+    """Bring a model into the store: from a peer (--from, else LAMELLA_PEERS), else from the hub.
 
-    With --quant a packed form beside it, from the store if the model is there.
+    Does nothing if the store has it. With --quant a packed form beside it, from the store if the model is there.
+    `lamella models pull NAME --on WORKER` has a worker do it, on its host.
     """
     form = _form(in_place, quant, quant_target_bytes, quant_device)
     _check_form(form, delete_original=delete_original)
-    _build(name, None, store, BuildOptions(dtype, form))
+    with wrong_calls():
+        if sources and in_place:
+            raise OptionError("--in-place reads the original's files, which no peer has; leave one of the two out")
+        peers = Peers.from_environment() if sources is None else Peers.named(sources)
+    _build(name, None, store, BuildOptions(dtype, form, peers=peers, offline=offline))
     if delete_original:
         _delete_original(name, None, store)
 
@@ -224,11 +239,13 @@ class BuildOptions:
     dtype: str | None = None
     form: StoredForm = PLAIN
     allow_pickle: bool = False
+    peers: Peers = NO_PEERS
+    offline: bool = False
 
 
 def _build(name: str, source: Path | None, root: Path | None, options: BuildOptions) -> None:
     with plain_errors(), wrong_calls():
-        store = open_store(root)
+        store = open_store(root, options.peers)
         before = {manifest.name for manifest in store.list()}
         check_model_name(name)
         with ConsoleProgress() as progress:
@@ -236,7 +253,8 @@ def _build(name: str, source: Path | None, root: Path | None, options: BuildOpti
                 sharded = store.import_pickled(name, source, dtype=options.dtype, progress=progress)
             else:
                 sharded = store.ensure(
-                    _by_name(name, source), source=source, dtype=options.dtype, form=options.form, progress=progress,
+                    _by_name(name, source), source=source, dtype=options.dtype, form=options.form,
+                    offline=options.offline, progress=progress,
                 )  # fmt: skip
     name, is_there = sharded.name, sharded.name in before
     what = f"{len(sharded.layers)} layers, {sharded.dtype}, {byte_size(sharded.size_bytes)}"

@@ -16,7 +16,8 @@ import typer
 from lamella_engine.device import resolve_device
 from lamella_engine.errors import EngineError, OptionError, PlanError
 from lamella_engine.options import DTYPES
-from lamella_engine.shard_store import ShardStore, default_store_root
+from lamella_engine.peer_address import Peers
+from lamella_engine.shard_store import NO_PEERS, ShardStore, default_store_root
 
 EXIT_FAILED = 1
 EXIT_WRONG_CALL = 2
@@ -63,6 +64,11 @@ InPlaceOption = Annotated[
         "--in-place", help="Read layers from the original's files, without a second copy, where they lie as needed."
     ),
 ]
+FromOption = Annotated[
+    list[str] | None,
+    typer.Option("--from", help="A peer that shares its store, http://HOST:PORT, asked before the hub; repeatable."),
+]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the hub.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; sizes in bytes.")]
 StoredName = Annotated[str, typer.Argument(help="The model's name in the store, as `list` shows it.")]
 
@@ -104,9 +110,9 @@ def device_budget(vram: str | None, device: str) -> str:
     return vram or "auto"
 
 
-def open_store(root: Path | None) -> ShardStore:
+def open_store(root: Path | None, peers: Peers = NO_PEERS) -> ShardStore:
     """The store at `root`, else the usual one."""
-    return ShardStore(root or default_store_root())
+    return ShardStore(root or default_store_root(), peers=peers)
 
 
 def print_columns(rows: Sequence[tuple[str, ...]]) -> None:

@@ -26,6 +26,7 @@ from lamella_engine.open_model import open_sweep_model
 from lamella_engine.options import EngineOptions
 from lamella_engine.out_of_memory import free_what_is_cached, is_out_of_memory
 from lamella_engine.outbox import Outbox
+from lamella_engine.peer_address import Peers
 from lamella_engine.placement import Plan
 from lamella_engine.sampler import Choice, sample
 from lamella_engine.scheduler import Ride, Scheduler
@@ -109,7 +110,8 @@ class Engine:
             DeviceError: the device does not exist.
         """
         device = resolve_device(options.device)
-        sharded = ShardStore(options.store).ensure(model, offline=options.offline, hub_token=options.hub_token)
+        store = ShardStore(options.store, peers=Peers.named(options.peers))
+        sharded = store.ensure(model, offline=options.offline, hub_token=options.hub_token)
         return cls.open_sharded(sharded, device, options)
 
     @classmethod

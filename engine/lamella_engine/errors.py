@@ -9,6 +9,9 @@
     │   ├── UnsupportedModel        the family cannot run here (said before any shard is written)
     │   ├── CheckpointError         the source files are corrupt, incomplete or of an unknown kind
     │   ├── ShardError              a built shard is missing, truncated or altered
+    │   ├── PeerError               another host did not give the model
+    │   │   ├── PeerLacksModel      it does not have it
+    │   │   └── PeerCut             it was away, hung or broke off; asking again may help
     │   └── DiskFull                the store lacks room (``needed_bytes``, ``free_bytes``)
     ├── SequenceError               this one sequence cannot run (``code`` travels to the client)
     ├── DeviceError                 the device does not exist or cannot do what was asked
@@ -46,6 +49,18 @@ class CheckpointError(ModelError):
 
 class ShardError(ModelError):
     """A built shard is missing, truncated or altered."""
+
+
+class PeerError(ModelError):
+    """Another host, asked for a model's shards, did not give them, or not those it promised."""
+
+
+class PeerLacksModel(PeerError):
+    """The peer does not have the model."""
+
+
+class PeerCut(PeerError):
+    """The peer was away, hung or broke off; asking again from there on may help."""
 
 
 class DiskFull(ModelError):

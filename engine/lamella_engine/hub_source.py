@@ -7,9 +7,31 @@ from __future__ import annotations
 
 import torch
 
-from lamella_engine import architecture, dequantise, hub
+from lamella_engine import architecture, dequantise, hub, names
+from lamella_engine.build_plan import BuildRequest
 from lamella_engine.checkpoint import DirectoryCheckpoint
+from lamella_engine.errors import ModelError, ModelNotFound
 from lamella_engine.progress import Progress
+from lamella_engine.weight_source import SourceKind
+
+
+def request(
+    name: str, dtype: str | None, token: str | None, progress: Progress, in_place: bool, absent: str
+) -> BuildRequest:
+    """Fetch the model `name`, and ask for its shards; `absent` says where it was looked for before.
+
+    Raises:
+        ModelError, ModelNotFound: the hub does not give it; with `absent` before the reason.
+    """
+    repository, _ = names.split_revision(name)
+    try:
+        pinned = hub.fetch_config(name, token)
+    except ModelError as error:
+        if type(error) not in (ModelError, ModelNotFound):
+            raise
+        raise type(error)(f"{absent}, and fetching it failed: {error}") from error
+    source, revision = fetch(f"{repository}@{pinned.revision}", pinned, token, dtype, progress)
+    return BuildRequest(name, source, SourceKind.HUB, f"hub:{repository}", revision, dtype, in_place)
 
 
 def fetch(

@@ -129,19 +129,38 @@ def read_manifest(directory: Path) -> Manifest | None:
     path = directory / MANIFEST_FILE
     name = model_name(directory)
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        return parse_manifest(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise damaged(path, f"it cannot be read ({error})", name) from error
+    except ValueError as error:
+        raise damaged(path, str(error), name) from error
+
+
+def as_json(manifest: Manifest) -> bytes:
+    """The manifest as `parse_manifest` reads it."""
+    return json.dumps(dataclasses.asdict(manifest)).encode()
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Read a manifest, wherever it comes from.
+
+    Raises:
+        ValueError: it is damaged, or of another format version.
+    """
+    try:
+        parsed = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it cannot be read ({error})") from error
     if not isinstance(parsed, dict):
-        raise damaged(path, "it is not a JSON object", name)
+        raise ValueError("it is not a JSON object")
     if parsed.get("format_version") != FORMAT_VERSION:
-        raise damaged(path, f"it has format {parsed.get('format_version')!r}, this is {FORMAT_VERSION}", name)
+        raise ValueError(f"it has format {parsed.get('format_version')!r}, this is {FORMAT_VERSION}")
     try:
         return _checked(parsed)
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"an entry is missing or wrong ({error})", name) from error
+        raise ValueError(f"an entry is missing or wrong ({error})") from error
 
 
 def damaged(path: Path, reason: str, name: str) -> ShardError:

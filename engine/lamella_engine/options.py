@@ -34,6 +34,7 @@ class EngineOptions:
         trace: keep the timeline of recent sweeps, for `Engine.write_trace`.
         offline: never ask the hub, even for a model that is not in the store.
         hub_token: access token for the hub; None means the usual places (environment, saved login).
+        peers: addresses of hosts that share their stores (``http://host:port``), asked before the hub is; also offline.
     """
 
     store: Path
@@ -49,6 +50,7 @@ class EngineOptions:
     trace: bool = False
     offline: bool = False
     hub_token: str | None = None
+    peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (("max_sequences", 1, 4096), ("sweep_tokens", 16, 65536)):

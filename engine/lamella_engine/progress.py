@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
+FETCH: Final = "fetch from a peer"
 DOWNLOAD: Final = "download"
 BUILD: Final = "build"
 CONVERT: Final = "convert"

@@ -27,6 +27,7 @@ from lamella_engine.cli_options import (
 from lamella_engine.console_progress import ConsoleProgress
 from lamella_engine.errors import OptionError
 from lamella_engine.options import DTYPES, EngineOptions
+from lamella_engine.peer_address import Peers
 from lamella_engine.quality import DEFAULT_TOKENS, QualityReport, QualityRequest, run_quality
 from lamella_engine.quality_figures import Figure
 from lamella_engine.quality_text import read_text
@@ -88,7 +89,7 @@ def _measure(model: str, spec: str | None, request: QualityRequest) -> QualityRe
     options = request.options
     base = _base_of(model)
     with ConsoleProgress() as progress:
-        opened = ShardStore(options.store)
+        opened = ShardStore(options.store, peers=Peers.from_environment())
         reference = candidate = opened.ensure(base or model, offline=options.offline, progress=progress)
         if spec is not None or base is not None:
             form = StoredForm(quant=spec, quant_device=options.device)

@@ -122,7 +122,7 @@ def _plan(request: BuildRequest, model_directory: Path, progress: Progress) -> _
     plan = convert.plan(built, source.conversions(built), request.dtype)
     if isinstance(request.quant, SizeTarget):
         target, device, store = request.quant, request.quant_device, model_directory.parent
-        _check_free(request.name, target.nbytes, 0, store)
+        check_free(request.name, target.nbytes, 0, store)
         mix = find_mix(plan, fingerprint, target, device, store, progress)
         request = replace(request, quant=mix.spec)
     if isinstance(request.quant, QuantSpec):
@@ -193,11 +193,12 @@ def _check_room(
     needed += planned.request.source.companion_bytes + _BOOKKEEPING_BYTES * (1 + len(planned.shards) // 200)
     make_room(needed)
     reusable = sum(path.stat().st_size for path in planned.directory.glob(f"*{PART_SUFFIX}"))
-    _check_free(planned.request.name, needed, reusable, model_directory.parent)
+    check_free(planned.request.name, needed, reusable, model_directory.parent)
     return needed
 
 
-def _check_free(name: str, needed: int, reusable: int, store: Path) -> None:
+def check_free(name: str, needed: int, reusable: int, store: Path) -> None:
+    """Raise DiskFull unless the file system of `store` has room for `needed` bytes, `reusable` of them written."""
     free = shutil.disk_usage(_nearest_existing(store)).free
     if free + reusable < needed:
         raise DiskFull(

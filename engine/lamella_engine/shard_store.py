@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lamella_engine import hub, hub_source, names, originals, shard_builder
+from lamella_engine import hub_source, names, originals, peer_fetch, shard_builder
 from lamella_engine.build_plan import BuildRequest
 from lamella_engine.device import resolve_device
 from lamella_engine.errors import ModelError, ModelNotFound, OptionError, ShardError
@@ -24,6 +24,7 @@ from lamella_engine.model_use import LOCKS_DIRECTORY, using
 from lamella_engine.open_source import open_source
 from lamella_engine.options import DTYPES
 from lamella_engine.originals import Deleted
+from lamella_engine.peer_address import Peers
 from lamella_engine.pickled_checkpoint import PickledCheckpoint
 from lamella_engine.progress import Progress, silent
 from lamella_engine.quant_mix import SizeTarget
@@ -49,6 +50,7 @@ def default_store_root() -> Path:
 
 
 PLAIN = StoredForm()
+NO_PEERS = Peers()
 _Local = WeightSource | PickledCheckpoint
 
 
@@ -69,13 +71,15 @@ class ShardStore:
     Args:
         root: the directory; made when the first model is built.
         build_wait_s: how long to wait for another process that builds the same model, in seconds.
+        peers: whose stores are asked for a model that has to come from elsewhere, before the hub is.
 
     Attributes:
         room: its quota, and what is removed for it.
     """
 
-    def __init__(self, root: Path, *, build_wait_s: float = BUILD_WAIT_S) -> None:
+    def __init__(self, root: Path, *, build_wait_s: float = BUILD_WAIT_S, peers: Peers = NO_PEERS) -> None:
         self.root = Path(root).expanduser()
+        self._peers = peers
         self._build_wait_s = build_wait_s
         self.room = StoreRoom(self.root)
 
@@ -270,18 +274,13 @@ class ShardStore:
 
     def _formed(self, wanted: _Wanted, form: StoredForm) -> _Wanted:
         """`wanted` in the form that is asked for, or that its own name says."""
-        base, variant = names.split_variant(wanted.name)
+        _, variant = names.split_variant(wanted.name)
         if form.is_packed:
             name, quant = packed_variant(wanted.name, form)
             return replace(wanted, name=name, form=form, quant=quant)
         if variant is None or self._is_published(wanted.name):
             return replace(wanted, form=form)
-        if (meant := meaning_of(variant)) is None:
-            raise ModelNotFound(
-                f"{self._not_found(wanted.name)}. What {variant!r} stands for is not known here; build it with "
-                f"`lamella models pull {base} --quant ...`"
-            )
-        return replace(wanted, form=form, quant=meant)
+        return replace(wanted, form=form, quant=meaning_of(variant))
 
     def _local(self, wanted: _Wanted) -> WeightSource | None:
         """The checkpoint on this host that was named; None if none was, or only the model built from it is left."""
@@ -328,15 +327,25 @@ class ShardStore:
     ) -> Manifest:
         if isinstance(local, PickledCheckpoint):
             return self._build_pickled(wanted, local, progress)
+        base, variant = names.split_variant(wanted.name)
+        absent = str(self._not_found(wanted.name))
+        if local is None and wanted.origin is None and not wanted.form.in_place:
+            asked = self._peers, peer_fetch.Wish(wanted.name, wanted.dtype), self._directory(wanted.name)
+            manifest, refusals = peer_fetch.fetch_from_any(*asked, self._room_for(wanted.name), progress)
+            if manifest is not None:
+                return manifest
+            absent += refusals
+        if variant is not None and wanted.quant is None:
+            what = f"What {variant!r} stands for is not known here"
+            raise ModelNotFound(f"{absent}. {what}; build it with `lamella models pull {base} --quant ...`")
         if local is not None:
             kind = SourceKind.GGUF if isinstance(local, GgufCheckpoint) else SourceKind.DIRECTORY
-            location = str(local.path.resolve())
-            revision = None
+            origin: tuple[SourceKind, str, str | None] = kind, str(local.path.resolve()), None
             if isinstance(local, StoredCheckpoint):
-                kind, location, revision = local.kind, local.location, local.revision
-            request = BuildRequest(wanted.name, local, kind, location, revision, wanted.dtype, wanted.form.in_place)
+                origin = local.kind, local.location, local.revision
+            request = BuildRequest(wanted.name, local, *origin, wanted.dtype, wanted.form.in_place)
         else:
-            request = self._fetch(wanted, offline, hub_token, progress)
+            request = self._fetch(wanted, absent, offline, hub_token, progress)
         if wanted.quant is not None:
             device = resolve_device(wanted.form.quant_device)
             request = replace(request, quant=wanted.quant, quant_device=device)
@@ -345,13 +354,14 @@ class ShardStore:
     def _built(self, request: BuildRequest, progress: Progress) -> Manifest:
         """Build, with room made for it; a model of the store that it is built from stays meanwhile."""
         base, _ = names.split_variant(request.name)
-        keep = {request.name, base}
-
-        def make_room(needed_bytes: int) -> None:
-            self.room.make_room(needed_bytes, keep)
-
+        room = self._room_for(request.name)
         with using(self.root, base) if self._is_published(base) else contextlib.nullcontext():
-            return shard_builder.build(request, self._directory(request.name), progress, make_room)
+            return shard_builder.build(request, self._directory(request.name), progress, room)
+
+    def _room_for(self, name: str) -> Callable[[int], object]:
+        """What makes room for the model `name`, for which neither it nor what it is packed from goes."""
+        base, _ = names.split_variant(name)
+        return lambda needed_bytes: self.room.make_room(needed_bytes, {name, base})
 
     def _build_pickled(self, wanted: _Wanted, pickled: PickledCheckpoint, progress: Progress) -> Manifest:
         place = self._converted(wanted.name)
@@ -364,28 +374,18 @@ class ShardStore:
             with contextlib.suppress(OSError):
                 place.parent.rmdir()  # stays while another model is converted in it
 
-    def _fetch(self, wanted: _Wanted, offline: bool, hub_token: str | None, progress: Progress) -> BuildRequest:
+    def _fetch(
+        self, wanted: _Wanted, absent: str, offline: bool, hub_token: str | None, progress: Progress
+    ) -> BuildRequest:
         name = wanted.name
         if wanted.origin is not None:
             raise ModelNotFound(f"there is no checkpoint at {wanted.origin}, and the store holds none built from it")
         if offline:
             raise ModelNotFound(
-                f"{self._not_found(name)}, and the hub is not asked (offline). Bring it in with "
+                f"{absent}, and the hub is not asked (offline). Bring it in with "
                 f"`lamella models pull {name}` or `lamella models import {name} PATH`."
             )
-        repository, _ = names.split_revision(name)
-        try:
-            pinned = hub.fetch_config(name, hub_token)
-        except ModelError as error:
-            if type(error) not in (ModelError, ModelNotFound):
-                raise
-            raise type(error)(f"{self._not_found(name)}, and fetching it failed: {error}") from error
-        source, revision = hub_source.fetch(
-            f"{repository}@{pinned.revision}", pinned, hub_token, wanted.dtype, progress
-        )
-        return BuildRequest(
-            name, source, SourceKind.HUB, f"hub:{repository}", revision, wanted.dtype, wanted.form.in_place
-        )
+        return hub_source.request(name, wanted.dtype, hub_token, progress, wanted.form.in_place, absent)
 
     def _open(self, manifest: Manifest, progress: Progress) -> ShardedModel:
         directory = self.build_directory(manifest)

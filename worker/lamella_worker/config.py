@@ -35,6 +35,8 @@ from lamella.key_ring import KEYS_VARIABLE
 from lamella.keys import DEFAULT_PREFIX
 from lamella.secret_sources import secret_from, with_password
 from lamella.server_url import tls_complaint
+from lamella_engine.errors import OptionError
+from lamella_engine.peer_address import PEERS_VARIABLE, Peers, split_peers
 from lamella_worker.security_table import SecurityTable
 from lamella_worker.telemetry_config import TelemetryTable
 from lamella_worker.worker_table import NO_MODEL, WorkerTable
@@ -65,6 +67,7 @@ FLAGS = {
 ENVIRONMENT = {
     "redis.url": "LAMELLA_REDIS_URL",
     "engine.store": "LAMELLA_STORE",
+    "engine.peers": PEERS_VARIABLE,
     "security.keep_s": KEEP_VARIABLE,
     "security.encryption_keys_file": KEYS_VARIABLE,
 }
@@ -83,6 +86,16 @@ def _as_path(value: object) -> object:
         return Path(value).expanduser().absolute()
     except RuntimeError as error:
         raise ValueError(f"'~' cannot be expanded: {error}") from error
+
+
+def _as_addresses(value: object) -> object:
+    given = split_peers(value) if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+        raise ValueError('it is not a list of addresses such as ["http://host:9530"]')
+    try:
+        return tuple(str(address) for address in Peers.named(given, {}).addresses)
+    except OptionError as error:
+        raise ValueError(str(error)) from error
 
 
 def _as_budget(value: object) -> object:
@@ -169,6 +182,9 @@ class EngineTable(_Table):
         default=None, description="directory in memory where this host's workers share weights; left out, /dev/shm"
     )
     offline: bool = Field(default=False, description="true never asks the hub")
+    peers: Annotated[tuple[str, ...], BeforeValidator(_as_addresses)] = Field(
+        default=(), description='hosts that share their stores, asked before the hub: ["http://host:9530"]'
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> EngineTable:

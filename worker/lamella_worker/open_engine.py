@@ -13,6 +13,7 @@ from lamella_engine.device import resolve_device
 from lamella_engine.engine_group import EngineGroup
 from lamella_engine.errors import EngineError
 from lamella_engine.out_of_memory import is_out_of_memory
+from lamella_engine.peer_address import Peers
 from lamella_engine.progress import Progress, silent
 from lamella_worker.config import EngineTable
 from lamella_worker.engine_port import ServedModel
@@ -41,9 +42,10 @@ def open_engines(
             expert_cache=table.expert_cache,
             shared_memory=table.shared_memory,
             offline=table.offline,
+            peers=table.peers,
         )
         found = resolve_device(options.device)
-        store, sharded = ShardStore(options.store), {}
+        store, sharded = ShardStore(options.store, peers=Peers.named(options.peers)), {}
         for model in models:
             about = model.name
             sharded[model.name] = store.ensure(model.opened_as, offline=options.offline, progress=progress)
