@@ -37,8 +37,9 @@ In the order data flows through them:
 - `texts`, `quality_text`, `quality_pair`, `row_logits`, `quality_figures`, `quality`: what a packed model loses, by the
   logits of many rows of a sweep.
 - `out_of_memory`, `batch_limit`: what an engine does about memory that is short in a sweep.
-- `auto_model`: the engine in one process, for scripts; `cli_options`, `cli`, `peer_cli`, `inspect_report`, `plan_target`,
-  `plan_report`, `plan_cli`, `bench_cli`, `quality_cli`: in a shell, with `byte_size`, `progress`, `console_progress`.
+- `auto_model`: the engine in one process, for scripts; `cli_options`, `cli`, `peer_cli`, `inspect_report`,
+  `plan_target`, `plan_report`, `plan_cli`, `bench_cli`, `quality_cli`: in a shell, with `byte_size`, `progress`,
+  `console_progress`.
 
 Names that need torch are loaded when they are first used, so that a process which only speaks to an engine elsewhere
 takes the plain data from here and never loads torch.

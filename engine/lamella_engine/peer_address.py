@@ -60,11 +60,36 @@ class PeerAddress:
 
 
 @dataclass(frozen=True)
+class Patience:
+    """How long a peer may take.
+
+    Attributes:
+        connect_s: seconds to take the connection.
+        answer_s: seconds to begin an answer.
+        silence_s: seconds between two pieces of a body.
+        least_bytes: what must come in every `silence_s` seconds, so that a byte now and then does not count.
+        retries: how often the files of a fetch may be cut and go on.
+        pause_s: seconds before the first retry; doubles up to 5.
+    """
+
+    connect_s: float = 10.0
+    answer_s: float = 30.0
+    silence_s: float = 30.0
+    least_bytes: int = 65_536
+    retries: int = 8
+    pause_s: float = 0.2
+
+
+USUAL = Patience()
+
+
+@dataclass(frozen=True)
 class Peers:
-    """The peers to ask, in this order, and the token they ask for; empty asks nobody."""
+    """The peers to ask, in this order, the token they ask for, and how long they may take; empty asks nobody."""
 
     addresses: tuple[PeerAddress, ...] = ()
     token: str | None = field(default=None, repr=False)
+    patience: Patience = USUAL
 
     def __bool__(self) -> bool:
         return bool(self.addresses)

@@ -13,13 +13,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import quote
 
 from lamella_engine import names
 from lamella_engine.errors import PeerCut, PeerError, PeerLacksModel
-from lamella_engine.peer_address import PeerAddress
+from lamella_engine.peer_address import USUAL, Patience, PeerAddress
 
 ROOT = "/lamella/1"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -27,30 +26,13 @@ PIECE_BYTES = 1 << 20
 _MAX_REASON_BYTES = 500
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a peer may take.
-
-    Attributes:
-        connect_s: seconds to take the connection.
-        answer_s: seconds to begin an answer.
-        silence_s: seconds between two pieces of a body.
-        least_bytes: what must come in every `silence_s` seconds, so that a byte now and then does not count.
-    """
-
-    connect_s: float = 10.0
-    answer_s: float = 30.0
-    silence_s: float = 30.0
-    least_bytes: int = 65_536
-
-
 class PeerClient:
     """One connection to a peer, kept from request to request; closed by whoever made it."""
 
-    def __init__(self, peer: PeerAddress, token: str | None = None, patience: Patience | None = None) -> None:
+    def __init__(self, peer: PeerAddress, token: str | None = None, patience: Patience = USUAL) -> None:
         self.peer = peer
         self._token = token
-        self._patience = patience or Patience()
+        self._patience = patience
         self._connection: http.client.HTTPConnection | None = None
 
     def close(self) -> None:

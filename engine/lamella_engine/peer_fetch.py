@@ -14,15 +14,16 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lamella_engine import names
 from lamella_engine.errors import PeerCut, PeerError, PeerLacksModel, ShardError
 from lamella_engine.manifest import MANIFEST_FILE, Manifest, parse_manifest, write_manifest
-from lamella_engine.peer_address import PeerAddress, Peers
-from lamella_engine.peer_client import Patience, PeerClient
+from lamella_engine.peer_address import Patience, PeerAddress, Peers
+from lamella_engine.peer_client import PeerClient
 from lamella_engine.progress import FETCH, Progress
 from lamella_engine.quant_mix import SizeTarget
 from lamella_engine.shard_builder import BUILT_FILE, check_free
@@ -37,9 +38,7 @@ from lamella_engine.shard_writer import (
 
 logger = logging.getLogger(__name__)
 
-RETRIES = 8  # of the files of one fetch from one peer
 FETCH_SUFFIX = ".fetch"
-_PAUSE_S = 0.2  # before the first retry; doubles
 _MOST_PAUSE_S = 5.0
 _MOST_FILES = 100_000
 _OWN_FILES = frozenset({BUILT_FILE, STAMPS_FILE, MANIFEST_FILE})
@@ -64,7 +63,6 @@ def fetch_from_any(
     model_directory: Path,
     make_room: Callable[[int], object],
     progress: Progress,
-    patience: Patience | None = None,
 ) -> tuple[Manifest | None, str]:
     """Fetch and publish the model from the first of `peers` that gives it, each going on where the last one ended.
 
@@ -74,7 +72,6 @@ def fetch_from_any(
         model_directory: the model's directory in the store.
         make_room: called with the bytes that are still to be written, before the first of them.
         progress: told of every piece.
-        patience: how long a peer may take.
 
     Returns:
         The manifest, or None where no peer gave the model; and in words why each that was asked did not.
@@ -86,9 +83,9 @@ def fetch_from_any(
     steady = _Steady(progress)
     refusals: list[str] = []
     for address in peers.addresses:
-        with contextlib.closing(PeerClient(address, peers.token, patience)) as client:
+        with contextlib.closing(PeerClient(address, peers.token, peers.patience)) as client:
             try:
-                manifest = _fetch(client, wish, model_directory, make_room, steady)
+                manifest = _Fetch(client, wish, peers.patience).run(model_directory, make_room, steady)
             except PeerLacksModel as error:
                 logger.info("%s", error)
                 refusals.append(str(error))
@@ -113,52 +110,6 @@ class _Steady:
     def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None:
         self._most = max(self._most, done_bytes)
         self._progress(phase, min(self._most, total_bytes), total_bytes)
-
-
-def _fetch(
-    client: PeerClient, wish: Wish, model_directory: Path, make_room: Callable[[int], object], progress: Progress
-) -> Manifest:
-    manifest = _manifest(client, wish, iter(range(1)))  # a peer that is not there shall not keep others waiting
-    directory = model_directory / f"{manifest.build}{FETCH_SUFFIX}"
-    started = time.monotonic()
-    try:
-        _remove_others(model_directory, directory)
-        needed = _check_room(wish, manifest, directory, make_room)
-        directory.mkdir(parents=True, exist_ok=True)
-        fetched = _Files(client, wish.name, manifest, directory).fetch(progress)
-        try:
-            read_shards(manifest, directory)
-        except ShardError as error:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise PeerError(f"{client.peer} has shards of {wish.name} that cannot be read: {error}") from error
-        _publish(manifest, directory, model_directory)
-    except OSError as error:
-        raise as_model_error(error, model_directory, manifest.size_bytes) from error
-    finally:
-        for emptied in (directory, model_directory):
-            with contextlib.suppress(OSError):
-                emptied.rmdir()  # refused where a file is left to go on with
-    took_s = max(time.monotonic() - started, 1e-6)
-    logger.info(
-        "fetched %s from %s: %d files, %d bytes now in %.1f s (%.0f MB/s), %d bytes had been planned",
-        wish.name, client.peer, len(manifest.files), fetched, took_s, fetched / took_s / 1e6, needed,
-    )  # fmt: skip
-    return manifest
-
-
-def _manifest(client: PeerClient, wish: Wish, retries: Iterator[int]) -> Manifest:
-    while True:
-        try:
-            raw = client.manifest(wish.name)
-            break
-        except PeerCut as error:
-            _pause(retries, error)
-    try:
-        manifest = parse_manifest(raw)
-    except ValueError as error:
-        raise PeerError(f"{client.peer} has another format of {wish.name} than this version reads: {error}") from error
-    _check_wish(client.peer, wish, manifest)
-    return manifest
 
 
 def _check_wish(peer: PeerAddress, wish: Wish, manifest: Manifest) -> None:
@@ -220,67 +171,85 @@ def _publish(manifest: Manifest, directory: Path, model_directory: Path) -> None
     write_manifest(model_directory, manifest)
 
 
-def _pause(retries: Iterator[int], error: PeerCut) -> None:
-    """Wait a little before another try, or raise `error` if there were enough."""
-    tried = next(retries, None)
-    if tried is None:
-        raise error
-    logger.info("%s; trying again", error)
-    time.sleep(min(_PAUSE_S * 2**tried, _MOST_PAUSE_S))
+class _Fetch:
+    """One model from one peer."""
 
-
-class _Files:
-    """The files of one manifest, fetched one after the other."""
-
-    def __init__(self, client: PeerClient, name: str, manifest: Manifest, directory: Path) -> None:
+    def __init__(self, client: PeerClient, wish: Wish, patience: Patience) -> None:
         self._client = client
-        self._name = name
-        self._manifest = manifest
-        self._directory = directory
-        self._retries = iter(range(RETRIES))
+        self._name = wish.name
+        self._wish = wish
+        self._patience = patience
+        self._retried = 0
         self._fetched = 0
 
-    def fetch(self, progress: Progress) -> int:
-        """Fetch what is not here yet; returns the bytes that came over.
+    def run(self, model_directory: Path, make_room: Callable[[int], object], progress: Progress) -> Manifest:
+        """Bring the model, and publish it.
 
         Raises:
             PeerError: a file does not come, or is not what the manifest says.
-            OSError: it cannot be written.
+            DiskFull, ShardError: it cannot be written.
         """
-        total, done = sum(record.nbytes for record in self._manifest.files), 0
+        manifest = self._manifest()
+        directory = model_directory / f"{manifest.build}{FETCH_SUFFIX}"
+        started = time.monotonic()
+        try:
+            _remove_others(model_directory, directory)
+            _check_room(self._wish, manifest, directory, make_room)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._bring_all(manifest, directory, progress)
+            try:
+                read_shards(manifest, directory)
+            except ShardError as error:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise PeerError(f"{self._client.peer} has shards that cannot be read: {error}") from error
+            _publish(manifest, directory, model_directory)
+        except OSError as error:
+            raise as_model_error(error, model_directory, manifest.size_bytes) from error
+        finally:
+            for emptied in (directory, model_directory):
+                with contextlib.suppress(OSError):
+                    emptied.rmdir()  # refused where a file is left to go on with
+        took_s = max(time.monotonic() - started, 1e-6)
+        logger.info(
+            "fetched %s from %s: %d files, %d bytes now, in %.1f s (%.0f MB/s)",
+            self._name, self._client.peer, len(manifest.files), self._fetched, took_s, self._fetched / took_s / 1e6,
+        )  # fmt: skip
+        return manifest
+
+    def _manifest(self) -> Manifest:
+        try:
+            raw = self._client.manifest(self._name)
+        except PeerCut:  # once more only: a peer that is not there shall not keep the others waiting
+            time.sleep(self._patience.pause_s)
+            raw = self._client.manifest(self._name)
+        try:
+            manifest = parse_manifest(raw)
+        except ValueError as error:
+            raise PeerError(
+                f"{self._client.peer} has another format of {self._name} than this version reads: {error}"
+            ) from error
+        _check_wish(self._client.peer, self._wish, manifest)
+        return manifest
+
+    def _bring_all(self, manifest: Manifest, directory: Path, progress: Progress) -> None:
+        total, done = sum(record.nbytes for record in manifest.files), 0
         progress(FETCH, 0, total)
-        for record in self._manifest.files:
-            before = done
-
-            def advance(nbytes: int, before: int = before) -> None:
-                progress(FETCH, before + nbytes, total)
-
-            if not self._is_here(record):
-                self._bring(record, advance)
+        for record in manifest.files:
+            if not _is_here(directory, record):
+                self._bring(manifest.build, record, directory, partial(_advance, progress, done, total))
             done += record.nbytes
             progress(FETCH, done, total)
-        return self._fetched
 
-    def _is_here(self, record: ShardRecord) -> bool:
-        """Whether an earlier fetch brought the file; whatever it left is hashed again."""
-        path = self._directory / record.file
-        if not path.is_file():
-            return False
-        if path.stat().st_size == record.nbytes and _hash(path).hexdigest() == record.sha256:
-            return True
-        path.unlink()
-        return False
-
-    def _bring(self, record: ShardRecord, advance: Callable[[int], None]) -> None:
-        part = self._directory / (record.file + PART_SUFFIX)
+    def _bring(self, build: str, record: ShardRecord, directory: Path, advance: Callable[[int], None]) -> None:
+        part = directory / (record.file + PART_SUFFIX)
         if part.is_file() and part.stat().st_size > record.nbytes:
             part.unlink()
         while True:
             is_resumed = part.is_file() and part.stat().st_size > 0
             try:
-                digest = self._append(record, part, advance)
+                digest = self._append(build, record, part, advance)
             except PeerCut as error:
-                _pause(self._retries, error)
+                self._pause(error)
                 continue
             if digest == record.sha256:
                 break
@@ -290,15 +259,14 @@ class _Files:
                     f"{self._client.peer} sent {record.file} of {self._name} with other contents than its manifest "
                     "promises (SHA-256 differs); nothing of that file was kept"
                 )
-        part.replace(self._directory / record.file)
+        part.replace(directory / record.file)
 
-    def _append(self, record: ShardRecord, part: Path, advance: Callable[[int], None]) -> str:
+    def _append(self, build: str, record: ShardRecord, part: Path, advance: Callable[[int], None]) -> str:
         """Bring the rest of a file into `part`; returns the SHA-256 of all of it."""
         with part.open("ab", buffering=0) as file:
             offset = os.fstat(file.fileno()).st_size
             digest = _hash(part)
-            if offset < record.nbytes or record.nbytes == 0:
-                build = self._manifest.build
+            if offset < record.nbytes:
                 with self._client.file(self._name, build, record.file, offset, record.nbytes) as (begin, pieces):
                     if begin != offset:
                         file.truncate(begin)
@@ -311,6 +279,29 @@ class _Files:
                         advance(offset)
             os.fsync(file.fileno())
         return digest.hexdigest()
+
+    def _pause(self, error: PeerCut) -> None:
+        """Wait a little before another try, or raise `error` if there were enough."""
+        if self._retried >= self._patience.retries:
+            raise error
+        logger.info("%s; trying again", error)
+        time.sleep(min(self._patience.pause_s * 2**self._retried, _MOST_PAUSE_S))
+        self._retried += 1
+
+
+def _advance(progress: Progress, before: int, total: int, nbytes: int) -> None:
+    progress(FETCH, before + nbytes, total)
+
+
+def _is_here(directory: Path, record: ShardRecord) -> bool:
+    """Whether an earlier fetch brought the file; whatever it left is hashed again."""
+    path = directory / record.file
+    if not path.is_file():
+        return False
+    if path.stat().st_size == record.nbytes and _hash(path).hexdigest() == record.sha256:
+        return True
+    path.unlink()
+    return False
 
 
 def _hash(path: Path) -> hashlib._Hash:
