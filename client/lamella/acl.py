@@ -1,4 +1,4 @@
-"""What each role may do on the server, as lines of a Redis ACL file: client, worker, monitor.
+"""What each role may do on the server, as lines of a Redis ACL file: client, gateway, worker, monitor.
 
 Owns the keys, channels and commands of each role. The commands that the registry's scripts run are read from the
 scripts themselves, since the server checks them under the user who calls the script; the rest is listed here and held
@@ -6,8 +6,9 @@ against a real service by the tests. Needs Redis 7 or Valkey (key permissions an
 `registry_calls`, the command ``lamella acl``.
 
 What the roles are trusted with is in ``docs/threat-model.md``. In short: a client submits, follows and cancels jobs of
-the whole prefix, but cannot take jobs, pose as a worker or load scripts; a worker does all of that and nothing outside
-the prefix; a monitor sees workers and the lengths of queues, but no prompt and no token.
+the whole prefix, but cannot take jobs, pose as a worker or load scripts; a gateway is a client that also reads API
+keys and books what they use; a worker does all of a client's and its own, and nothing outside the prefix; a monitor
+sees workers and the lengths of queues, but no prompt and no token. API keys are made by the administrator alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Role(StrEnum):
     """Who speaks to the server."""
 
     CLIENT = "client"
+    GATEWAY = "gateway"
     WORKER = "worker"
     MONITOR = "monitor"
 
@@ -48,6 +50,10 @@ _QUEUES = (
 _LIMITS = ("limits", "limits:*")
 _WORKERS = ("worker:*", "workers")
 
+# What the HTTP gateway books; API keys themselves it only reads.
+_BOOKS = ("apirate:*", "apiday:*", "apiuse:*", "unbilled", "httpretry:*")
+_API_KEYS = ("apikey:*", "apikeys")
+
 # Celery's own: routing tables, unacknowledged deliveries, mailboxes of remote control and of events, their channels.
 _ROUTES = ("_kombu.binding*",)
 _LOOKING_ROUTES = ("_kombu.binding*celery.pidbox", "_kombu.binding*celeryev*", "_kombu.binding_deadlines")
@@ -66,7 +72,11 @@ _BROKER = (*_MAIL, "time", "zrangebyscore", "rpush", "hset", "hdel", "zrevrangeb
 # What kombu's own scripts and its care for deliveries take; workers load the scripts.
 _BINDING = ("evalsha", "script|exists", "time", "zadd", "zrem", "zrange", "zrangebyscore", "set", "get")
 _COUNTS = ("llen", "zcard", "hlen", "scard")
+_BOOKKEEPING = ("hgetall", "hscan", "hsetnx", "get")
 # fmt: on
+
+# What only the gateway runs.
+_GATEWAY_SCRIPTS = frozenset((ScriptName.ADMIT, ScriptName.ATTACH, ScriptName.SETTLE))
 
 # What only workers run.
 _WORKER_SCRIPTS = frozenset(
@@ -102,20 +112,21 @@ def script_commands(names: frozenset[ScriptName]) -> tuple[str, ...]:
 def grants(role: Role) -> tuple[Grant, ...]:
     """Return what a role is granted: first its main part, then what holds for fewer keys."""
     match role:
-        case Role.CLIENT:
-            scripts = script_commands(frozenset(ScriptName) - _WORKER_SCRIPTS)
-            jobs = Grant(
-                (*_CONNECT, *_FOLLOW, "evalsha", *scripts),
-                keys=(*_JOBS, *_QUEUES, "idem:*"),
-                reads=_LIMITS,
-                channels=("ch:*",),
-            )
+        case Role.CLIENT | Role.GATEWAY:
+            scripts = script_commands(frozenset(ScriptName) - _WORKER_SCRIPTS - _GATEWAY_SCRIPTS)
+            commands: tuple[str, ...] = (*_CONNECT, *_FOLLOW, "evalsha", *scripts)
+            keys: tuple[str, ...] = (*_JOBS, *_QUEUES, "idem:*")
+            reads: tuple[str, ...] = _LIMITS
+            if role is Role.GATEWAY:
+                commands = (*commands, *_BOOKKEEPING, *script_commands(_GATEWAY_SCRIPTS))
+                keys, reads = (*keys, *_BOOKS), (*reads, *_API_KEYS)
+            jobs = Grant(commands, keys, reads, channels=("ch:*",))
             return jobs, Grant(("mget", "zrange", "zrevrange"), reads=_WORKERS)
         case Role.WORKER:
             registry = (*_JOBS, *_QUEUES, *_LIMITS, *_WORKERS, "idem:*", "reconciler")
             broker = (*_ROUTES, *_DELIVERIES, *_MAILBOXES)
-            commands = (*_CONNECT, *_REGISTRY, *_BROKER, *script_commands(frozenset(ScriptName)))
-            return (Grant(commands, keys=(*registry, *broker), channels=("ch:*", *_BROADCASTS)),)
+            everything = (*_CONNECT, *_REGISTRY, *_BROKER, *script_commands(frozenset(ScriptName) - _GATEWAY_SCRIPTS))
+            return (Grant(everything, keys=(*registry, *broker), channels=("ch:*", *_BROADCASTS)),)
         case Role.MONITOR:
             mail = (*_CONNECT, *_MAIL, *_BINDING, "psubscribe", "punsubscribe", "publish")
             return (

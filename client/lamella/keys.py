@@ -23,6 +23,13 @@ key (after the prefix)      type     holds
 ``capacity:{model}``        string   slots of all of them, with a time to live
 ``deadlines``               zset     ids of jobs that wait under a deadline, scored by it (Unix ms)
 ``limits``                  hash     limits of models and users; ``limits:{user}`` one user's own, and their weight
+``apikey:{id}``             hash     an API key of the HTTP gateway: hash of its secret, user, scopes, quotas
+``apikeys``                 zset     ids of all API keys, scored by creation (Unix ms)
+``apirate:{id}``            string   when the key's next request is due (Unix ms), as long as that limits it
+``apiday:{id}:{day}``       string   tokens a key used or reserved on a day (days since 1970, UTC)
+``apiuse:{id}``             hash     requests and tokens of a key since its creation
+``unbilled``                hash     job id to ``key day reserved``: jobs of the gateway whose use is not booked yet
+``httpretry:{digest}``      string   job ids that a request sent again by an SDK goes on with
 ==========================  =======  =============================================================================
 """
 
@@ -41,6 +48,7 @@ HEARTBEAT_S = 2.0
 JOBS_LISTED = 1000  # the newest jobs kept in the listing
 MAX_QUEUED = 10_000  # per model, unless limits say otherwise; one more is refused
 POISON_ATTEMPTS = 3
+HTTP_RETRY_TTL_S = 600  # so long a request that is sent again finds the jobs of the first time
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class Keys:
         """Hash of the model's workers and their slots."""
         return f"{self.prefix}serving:{model}"
 
+    def queue_book(self, model: str) -> str:
+        """Hash of the model's queue: its virtual times and counters."""
+        return f"{self.prefix}queue:{model}"
+
     def capacity(self, model: str) -> str:
         """String with the slots of all of the model's workers."""
         return f"{self.prefix}capacity:{model}"
@@ -94,6 +106,32 @@ class Keys:
     def user_limits(self, user: str) -> str:
         """Hash of one user's own limits and weight."""
         return f"{self.prefix}limits:{user}"
+
+    def api_key(self, key_id: str) -> str:
+        """Hash of an API key."""
+        return f"{self.prefix}apikey:{key_id}"
+
+    def api_use(self, key_id: str) -> str:
+        """Hash of what an API key has used."""
+        return f"{self.prefix}apiuse:{key_id}"
+
+    def api_day(self, key_id: str, day: int) -> str:
+        """String with the tokens an API key has used or reserved on a day."""
+        return f"{self.prefix}apiday:{key_id}:{day}"
+
+    def http_retry(self, digest: str) -> str:
+        """String with the job ids of a request that an SDK may send again."""
+        return f"{self.prefix}httpretry:{digest}"
+
+    @property
+    def api_keys(self) -> str:
+        """Sorted set of the ids of all API keys."""
+        return f"{self.prefix}apikeys"
+
+    @property
+    def unbilled(self) -> str:
+        """Hash of the gateway's jobs whose use is not booked yet."""
+        return f"{self.prefix}unbilled"
 
     @property
     def limits(self) -> str:

@@ -202,11 +202,16 @@ class Usage(Wire):
 
 
 class TokenLogprob(Wire):
-    """Log-probabilities (natural log, after temperature 1, before any filter) at one position."""
+    """Log-probabilities (natural log, after temperature 1, before any filter) at one position.
+
+    `text` is the token's own text, `top_texts` those of `top`; workers before this version tell neither.
+    """
 
     token_id: TokenId
     logprob: float
     top: tuple[tuple[TokenId, float], ...] = ()
+    text: str | None = Field(default=None, repr=False)
+    top_texts: tuple[str, ...] = Field(default=(), repr=False)
 
 
 ToolFormat = Literal["hermes", "llama3", "mistral", "mistral_args"]

@@ -19,6 +19,8 @@ from lamella.keys import Keys
 BASE = "_base"  # before each script; and before those that touch the queue, in this order:
 QUEUE_PARTS = ("_queue", "_message", "_end", "_dispatch", "_outlook")
 
+ALONE = ("emit", "admit", "attach", "settle")  # scripts that do not touch the queue
+
 Reply_co = TypeVar("Reply_co", covariant=True)
 Reply = TypeVar("Reply")
 Member = TypeVar("Member", bound=StrEnum)
@@ -42,6 +44,9 @@ class ScriptName(StrEnum):
     TEND = "tend"
     EXPIRE = "expire"
     OUTLOOK = "outlook"
+    ADMIT = "admit"
+    ATTACH = "attach"
+    SETTLE = "settle"
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class ScriptCall(Generic[Reply_co]):
 def script_source(name: ScriptName) -> str:
     """Return the Lua text of a script: the parts that it shares with others, and its own."""
     folder = resources.files("lamella").joinpath("lua")
-    parts = (BASE,) if name is ScriptName.EMIT else (BASE, *QUEUE_PARTS)
+    parts = (BASE,) if name.value in ALONE else (BASE, *QUEUE_PARTS)
     own = ScriptName.EMIT if name is ScriptName.END else name
     return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in (*parts, own.value))
 

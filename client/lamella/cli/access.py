@@ -15,10 +15,13 @@ from lamella.secret_sources import read_secret
 PasswordFiles = list[Path] | None
 
 
-def acl(
+def acl(  # noqa: PLR0913  one argument for each option
     prefix: options.Prefix = options.DEFAULT,
     client: Annotated[
         PasswordFiles, typer.Option("--client-password-file", help="File with the clients' password; repeatable.")
+    ] = None,
+    gateway: Annotated[
+        PasswordFiles, typer.Option("--gateway-password-file", help="File with the gateways' password; repeatable.")
     ] = None,
     worker: Annotated[
         PasswordFiles, typer.Option("--worker-password-file", help="File with the workers' password; repeatable.")
@@ -32,12 +35,12 @@ def acl(
     database: Annotated[int, typer.Option("--db", min=0, max=9999, help="Number of the database in the URLs.")] = 0,
     role: Annotated[Role | None, typer.Option("--role", help="Print this role's line only.")] = None,
 ) -> None:
-    """Print the server's ACL file (`aclfile`) for a prefix: users lamella-client, lamella-worker and lamella-monitor.
+    """Print the server's ACL file (`aclfile`) for a prefix: lamella-client, -gateway, -worker and -monitor.
 
     Files hold a password each, which is printed as a hash; a file given twice under one option makes two passwords
     valid at once. A role without a password is off. Only the administrator may do what Lamella itself never does.
     """
-    files = {Role.CLIENT: client, Role.WORKER: worker, Role.MONITOR: monitor}
+    files = {Role.CLIENT: client, Role.GATEWAY: gateway, Role.WORKER: worker, Role.MONITOR: monitor}
     for line in admin_lines(_passwords(admin, "--admin-password-file")) if role is None else []:
         typer.echo(line)
     for each, given in files.items():

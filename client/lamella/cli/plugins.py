@@ -11,9 +11,13 @@ from importlib.metadata import EntryPoint, entry_points
 import typer
 
 GROUP = "lamella.commands"
+DEFAULT_EXTRA = "worker"
+_EXTRAS = {"serve": "server", "keys": "server"}
 _HELP = {
     "worker": "Run a worker: serve one model from one device.",
     "models": "List, inspect, verify and remove models in the store.",
+    "serve": "Serve the OpenAI API over HTTP in front of the queue.",
+    "keys": "Make, list and revoke API keys of the HTTP gateway, and tell what they used.",
     "metrics": "Serve the metrics of all workers together, for Prometheus.",
     "bench": "Measure how fast a model runs here, beside the limit of this machine.",
     "plan": "Show where a model's layers would live within given budgets, and how fast it would run.",
@@ -42,7 +46,7 @@ def _forwarder(point: EntryPoint) -> Callable[[typer.Context], None]:
         except ImportError as error:
             typer.echo(
                 f"error: `lamella {point.name}` needs packages that are not installed ({error}); "
-                'run `pip install "lamella[worker]"`',
+                f"run `pip install 'lamella[{_EXTRAS.get(point.name, DEFAULT_EXTRA)}]'`",
                 err=True,
             )
             raise typer.Exit(1) from error

@@ -1,0 +1,21 @@
+"""Lamella's HTTP gateway: the OpenAI API in front of the job queue, so that its clients change only address and key.
+
+Files in the order in which a request flows through them:
+
+- `cli`: ``lamella serve``; `settings`: what it was started with; `app`: routes, and where errors become answers
+- `service`: what all requests share; `model_list`, `open_streams`: two of its parts; `metrics`: the gateway's counters
+- `body`: bytes to a checked request, mistakes named by field; `request_base`, `message_text`: what requests share
+- `access`: whose request it is; `api_keys`: what a key may do; `meter`: quotas and bills; `settler`: books what ended
+- `models`, `chat`, `completions`, `responses`, `health`, `documents`: the routes, a noun each
+- `chat_request`, `completion_request`, `response_request`: what is accepted, and what each field becomes
+- `repeats`: the jobs of a request that was sent before
+- `generation`: jobs of one request, submitted, followed together, cancelled; `answer`: what one of them brings
+- `live_board`, `follower`: all streams over one subscription
+- `logprobs`, `chat_shapes`, `completion_shapes`, `response_shapes`, `response_events`: what goes back
+- `response_record`: what is remembered of a response; `starting_point`: from which event on it is streamed
+- `live_response`: answers that keep their connection alive, and notice when it is gone
+- `api_error`: every error as OpenAI's envelope; `openapi`: the description of all this
+- `keys_cli`: ``lamella keys``
+
+It holds nothing that a restart loses: jobs, responses, keys and bills lie in Redis. It imports `lamella` alone.
+"""

@@ -1,0 +1,108 @@
+"""``POST /v1/chat/completions``: a chat answered, whole or token by token."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import aclosing
+
+from starlette.requests import Request
+
+from lamella import Done, TokenEvent
+from lamella_gateway import service as services
+from lamella_gateway.access import identify
+from lamella_gateway.answer import Answer
+from lamella_gateway.api_keys import Endpoint
+from lamella_gateway.body import parse, read_body
+from lamella_gateway.chat_request import ChatRequest
+from lamella_gateway.chat_shapes import (
+    ChatBody,
+    ChatChoiceBody,
+    ChunkWriter,
+    MessageBody,
+    logprobs_body,
+    usage_body,
+)
+from lamella_gateway.generation import Choice, Generation, Order, begin, with_seeds
+from lamella_gateway.live_response import CHUNKS, WHOLE, LiveResponse, Pieces
+from lamella_gateway.repeats import recognise
+from lamella_gateway.service import FINGERPRINT
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def chat_completions(request: Request) -> LiveResponse:
+    """Answer a chat."""
+    service = services.of(request)
+    caller = await identify(request, Endpoint.CHAT)
+    body = await read_body(request)
+    asked = parse(ChatRequest, body)
+    caller.check_model(asked.model)
+    info = await service.models.find(asked.model)
+    most = asked.limit or min(service.settings.default_max_tokens, info.context_length)
+    choice = Choice(
+        asked.choice_sampling(most, asked.num_logprobs), messages=tuple(turn.message() for turn in asked.messages)
+    )
+    order = Order(
+        asked.model,
+        tuple(with_seeds(choice, asked.n or 1)),
+        recognise(request, service, caller, body),
+        user=asked.user,
+        tier=asked.service_tier,
+    )
+    generation = await begin(service, caller, order)
+    limit_s = service.settings.max_request_s
+    if not asked.stream:
+        return LiveResponse(_whole(generation, asked), WHOLE, generation, limit_s=limit_s)
+    writer = ChunkWriter(_envelope(generation, asked, "chat.completion.chunk"), tells_usage=asked.wants_usage)
+    head = b"".join(writer.role(index) for index in range(len(generation.job_ids)))
+    return LiveResponse(_chunks(generation, asked, writer), CHUNKS, generation, limit_s=limit_s, head=head)
+
+
+def _envelope(generation: Generation, asked: ChatRequest, kind: str) -> dict[str, str | int]:
+    tier = {} if asked.service_tier is None else {"service_tier": "flex" if asked.service_tier == "flex" else "default"}
+    return {
+        "id": f"chatcmpl-{generation.job_ids[0]}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": asked.model,
+        "system_fingerprint": FINGERPRINT,
+        **tier,
+    }
+
+
+async def _chunks(generation: Generation, asked: ChatRequest, writer: ChunkWriter) -> Pieces:
+    usages = []
+    async with aclosing(generation.batches()) as batches:
+        async for batch in batches:
+            pieces = []
+            for index, event in batch:
+                match event:
+                    case TokenEvent(text=text, logprobs=logprobs) if text or logprobs:
+                        pieces.append(writer.text(index, text, logprobs))
+                    case Done(finish_reason=reason, usage=usage):
+                        pieces.append(writer.finish(index, reason))
+                        usages.append(usage)
+            yield b"".join(pieces)
+    last = writer.usage(usage_body(usages, shares_prompt=True)) if asked.wants_usage else b""
+    yield last + DONE
+
+
+async def _whole(generation: Generation, asked: ChatRequest) -> Pieces:
+    answers = [Answer() for _ in generation.job_ids]
+    async with aclosing(generation.batches()) as batches:
+        async for batch in batches:
+            for index, event in batch:
+                answers[index].add(event)
+    choices = [
+        ChatChoiceBody(
+            index=index,
+            message=MessageBody(role="assistant", content=answer.text, refusal=None),
+            logprobs=logprobs_body(answer.logprobs) if asked.logprobs else None,
+            finish_reason=answer.finish_reason,
+        )
+        for index, answer in enumerate(answers)
+    ]
+    usage = usage_body([answer.usage for answer in answers], shares_prompt=True)
+    body: ChatBody = {**_envelope(generation, asked, "chat.completion"), "choices": choices, "usage": usage}  # type: ignore[typeddict-item]  # the envelope's fields are those of the body
+    yield json.dumps(body).encode()

@@ -1,0 +1,193 @@
+"""The OpenAPI document, made from the very types that requests are checked by and answers are written as.
+
+Owns what each route says it takes and returns. A new route has its entry here; a test holds both against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+from pydantic import TypeAdapter
+
+from lamella import __version__
+from lamella_gateway.chat_request import ChatRequest
+from lamella_gateway.chat_shapes import ChatBody
+from lamella_gateway.completion_request import CompletionRequest
+from lamella_gateway.completion_shapes import CompletionBody
+from lamella_gateway.health import LiveBody, ReadyBody
+from lamella_gateway.models import ModelBody, ModelsBody
+from lamella_gateway.response_request import LOGPROBS, ResponseRequest
+from lamella_gateway.response_shapes import DeletedBody, ResponseBody
+
+Schema = dict[str, Any]  # JSON schema has no narrower type
+_REF = "#/components/schemas/{model}"
+_ID = {"type": "string", "minLength": 1}
+
+
+class ErrorDetail(TypedDict):
+    """What is wrong, and with which field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(TypedDict):
+    """Every answer that is an error."""
+
+    error: ErrorDetail
+
+
+_REQUESTS: tuple[type, ...] = (ChatRequest, CompletionRequest, ResponseRequest)
+_ANSWERS: tuple[type, ...] = (
+    *(ChatBody, CompletionBody, ResponseBody, DeletedBody, ModelBody, ModelsBody),
+    *(LiveBody, ReadyBody, ErrorEnvelope),
+)
+_SAID = {
+    400: "The request cannot be used; `param` names the field",
+    401: "No valid API key",
+    403: "The key may not",
+    404: "There is no such model or response",
+    409: "The job was cancelled by somebody else",
+    413: "The body is too large",
+    415: "The body is not declared as JSON",
+    422: "The Idempotency-Key belongs to another request",
+    429: "A rate, quota or queue is full; Retry-After says when to come back",
+    500: "A job failed",
+    503: "No worker serves the model, or the queue is away; Retry-After says when to come back",
+    504: "It took too long",
+}
+_ASKING = (400, 401, 403, 404, 500, 503)
+_MAKING = tuple(_SAID)
+
+
+def document() -> Schema:
+    """Return the OpenAPI document."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Lamella gateway",
+            "version": __version__,
+            "description": "The OpenAI API in front of models that are bigger than the GPUs at hand.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "paths": _paths(),
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}],
+    }
+
+
+def _paths() -> Schema:
+    response_id = _parameter("response_id", "path", _ID)
+    return {
+        "/v1/models": {"get": _operation("listModels", "List the models that are served", ModelsBody)},
+        "/v1/models/{model}": {
+            "get": _operation("retrieveModel", "Tell about one model", ModelBody, [_parameter("model", "path", _ID)])
+        },
+        "/v1/chat/completions": {"post": _making("createChatCompletion", "Answer a chat", ChatRequest, ChatBody)},
+        "/v1/completions": {"post": _making("createCompletion", "Go on with texts", CompletionRequest, CompletionBody)},
+        "/v1/responses": {
+            "post": _making("createResponse", "Answer an input, now or later", ResponseRequest, ResponseBody)
+        },
+        "/v1/responses/{response_id}": {
+            "get": _operation(
+                "retrieveResponse",
+                "Fetch a response, or its events",
+                ResponseBody,
+                [response_id, *_stream_query()],
+                True,
+            ),
+            "delete": _operation("deleteResponse", "Delete a response", DeletedBody, [response_id]),
+        },
+        "/v1/responses/{response_id}/cancel": {
+            "post": _operation("cancelResponse", "Cancel a background response", ResponseBody, [response_id])
+        },
+        "/health/live": {"get": _open("live", "Whether the process runs", {"200": _json(LiveBody)})},
+        "/health/ready": {
+            "get": _open("ready", "Whether requests can be served", {"200": _json(ReadyBody), "503": _json(ReadyBody)})
+        },
+        "/metrics": {"get": _open("metrics", "Counters for Prometheus", {"200": _METRICS})},
+        "/openapi.json": {"get": _open("openapi", "This document", {"200": _DOCUMENT})},
+    }
+
+
+_METRICS = {
+    "description": "Counters",
+    "content": {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")},
+}
+_DOCUMENT = {"description": "An OpenAPI document", "content": {"application/json": {"schema": {"type": "object"}}}}
+
+
+def _parameter(name: str, place: Literal["path", "query", "header"], schema: Schema) -> Schema:
+    return {"name": name, "in": place, "required": place == "path", "schema": schema}
+
+
+def _stream_query() -> list[Schema]:
+    return [
+        _parameter("stream", "query", {"type": "boolean"}),
+        _parameter("starting_after", "query", {"type": "integer", "minimum": 0, "maximum": 10**15 - 1}),
+        _parameter("include", "query", {"type": "array", "items": {"const": LOGPROBS}}),
+        _parameter("include_obfuscation", "query", {"const": False}),
+    ]
+
+
+def _making(name: str, summary: str, taken: type, returned: type) -> Schema:
+    key = _parameter(
+        "Idempotency-Key", "header", {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
+    )
+    made = _operation(name, summary, returned, [key], True, _MAKING)
+    made["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(taken)}}}
+    return made
+
+
+def _operation(
+    name: str,
+    summary: str,
+    returned: type,
+    parameters: Sequence[Schema] = (),
+    streams: bool = False,
+    errors: Sequence[int] = _ASKING,
+) -> Schema:
+    answer = _json(returned)
+    if streams:
+        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    failed: Schema = {str(status): {**_json(ErrorEnvelope), "description": _SAID[status]} for status in errors}
+    return {
+        "operationId": name,
+        "summary": summary,
+        "parameters": list(parameters),
+        "responses": {"200": answer, **failed},
+    }
+
+
+def _open(name: str, summary: str, responses: Mapping[str, Schema]) -> Schema:
+    return {"operationId": name, "summary": summary, "security": [], "responses": dict(responses)}
+
+
+def _json(kind: type) -> Schema:
+    return {"description": _summary(kind), "content": {"application/json": {"schema": _ref(kind)}}}
+
+
+def _ref(kind: type) -> Schema:
+    return {"$ref": _REF.format(model=kind.__name__)}
+
+
+def _summary(kind: type) -> str:
+    return (kind.__doc__ or "").partition("\n")[0]
+
+
+def _schemas() -> Schema:
+    found: Schema = {}
+    for kinds, mode in ((_REQUESTS, "validation"), (_ANSWERS, "serialization")):
+        for kind in kinds:
+            schema = TypeAdapter(kind).json_schema(
+                ref_template=_REF, mode="validation" if mode == "validation" else "serialization"
+            )
+            found.update(schema.pop("$defs", {}))
+            found.setdefault(kind.__name__, schema)
+    return found

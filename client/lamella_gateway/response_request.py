@@ -1,0 +1,123 @@
+"""What ``POST /v1/responses`` takes."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from lamella.messages import MAX_PROMPT_CHARS
+from lamella_gateway.message_text import MOST_MESSAGES, Content, Parts
+from lamella_gateway.request_base import (
+    NO_TOOLS,
+    Metadata,
+    Nothing,
+    RequestBase,
+    SamplingFields,
+    ServiceTier,
+    Text,
+)
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+class InputMessage(RequestBase):
+    """One message of the input; an output message of an earlier response may be given as it is."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content | Parts
+    type: Literal["message"] | None = None
+    id: Text | None = None
+    status: Text | None = None
+    phase: Text | None = None
+
+
+class ResponseFormat(RequestBase):
+    """How the answer is to look."""
+
+    type: Literal["text"]
+
+
+class TextConfig(RequestBase):
+    """How the answer is to look."""
+
+    format: ResponseFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponseStreamOptions(RequestBase):
+    """Nothing can be chosen."""
+
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseRequest(SamplingFields):
+    """An input to be answered, now or in the background."""
+
+    WHY: ClassVar[dict[str, str]] = {
+        "input": "Give text, or messages of role system, developer, user or assistant whose content is text",
+        "tools": NO_TOOLS,
+        "tool_choice": NO_TOOLS,
+        "max_tool_calls": NO_TOOLS,
+        "conversation": "Conversations are not kept; use previous_response_id",
+        "prompt": "Prompt templates are not kept",
+        "reasoning": "Reasoning cannot be configured",
+        "text": "The only format served is text",
+        "truncation": "A prompt that is too long is refused, never cut",
+        "include": f"What can be included is {LOGPROBS}",
+        "context_management": "The context is not managed",
+        "moderation": "Nothing is moderated here",
+        "image": "Text is the only modality",
+        "access_programs": "Not served",
+        "background_options": "Nothing can be chosen for background responses",
+        "service_tier": "auto and default wait as normal jobs, flex as low ones",
+    }
+
+    input: (
+        Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
+        | Annotated[tuple[InputMessage, ...], Field(min_length=1, max_length=MOST_MESSAGES)]
+    )
+    instructions: Content | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    previous_response_id: Text | None = None
+    background: bool | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    metadata: Metadata | None = None
+    include: Annotated[tuple[Literal["message.output_text.logprobs"], ...], Field(max_length=4)] | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    service_tier: ServiceTier | None = None
+    # Accepted, and without effect.
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    prompt_cache_retention: Text | None = None
+    prompt_cache_options: dict[str, object] | None = None
+    parallel_tool_calls: bool | None = None
+    # Accepted with the values that change nothing.
+    stream_options: ResponseStreamOptions | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    max_tool_calls: int | None = Field(default=None, ge=1)
+    text: TextConfig | None = None
+    truncation: Literal["disabled"] | None = None
+    reasoning: None = None
+    conversation: None = None
+    prompt: None = None
+    context_management: Nothing | None = None
+    moderation: None = None
+    image: None = None
+    access_programs: None = None
+    background_options: None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ResponseRequest:
+        if self.background and self.store is False:
+            raise ValueError("store: a background response has to be stored; leave store out")
+        if self.top_logprobs and LOGPROBS not in (self.include or ()):
+            raise ValueError(f"top_logprobs needs include: ['{LOGPROBS}']")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to tell for each token; None for no log-probabilities at all."""
+        return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
