@@ -1,4 +1,4 @@
-"""Builds the wheel and proves what it holds: three top-level packages, and a client that works with nothing else.
+"""Builds the wheel and proves what it holds: four top-level packages, and a client that works with nothing else.
 
 The wheel is installed alone (base dependencies only) in an empty virtual environment; there ``import lamella`` and
 ``lamella --help`` must work, and neither torch nor celery may be there or be asked for. Neighbours: `Makefile`
@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"lamella", "lamella_engine", "lamella_worker"}
+PACKAGES = {"lamella", "lamella_gateway", "lamella_engine", "lamella_worker"}
 STEP_TIMEOUT_S = 300.0
 
 _PROBE = """

@@ -51,12 +51,11 @@ async def chat_completions(request: Request) -> LiveResponse:
         tier=asked.service_tier,
     )
     generation = await begin(service, caller, order)
-    limit_s = service.settings.max_request_s
     if not asked.stream:
-        return LiveResponse(_whole(generation, asked), WHOLE, generation, limit_s=limit_s)
+        return LiveResponse(_whole(generation, asked), WHOLE, generation, service.settings)
     writer = ChunkWriter(_envelope(generation, asked, "chat.completion.chunk"), tells_usage=asked.wants_usage)
     head = b"".join(writer.role(index) for index in range(len(generation.job_ids)))
-    return LiveResponse(_chunks(generation, asked, writer), CHUNKS, generation, limit_s=limit_s, head=head)
+    return LiveResponse(_chunks(generation, asked, writer), CHUNKS, generation, service.settings, head)
 
 
 def _envelope(generation: Generation, asked: ChatRequest, kind: str) -> dict[str, str | int]:

@@ -6,7 +6,9 @@ Owns the JSON of ``chat.completion`` and ``chat.completion.chunk``; the types ar
 from __future__ import annotations
 
 import json
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from lamella import TokenLogprob, Usage
 from lamella_gateway.logprobs import ChatLogprob, chat_logprobs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
 
 from lamella_gateway.chat_shapes import UsageBody
 from lamella_gateway.logprobs import CompletionLogprobs

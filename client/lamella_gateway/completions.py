@@ -38,10 +38,9 @@ async def completions(request: Request) -> LiveResponse:
     choices = [one for text in asked.prompts for one in with_seeds(Choice(sampling, prompt=text), asked.n or 1)]
     order = Order(asked.model, tuple(choices), recognise(request, service, caller, body), user=asked.user)
     generation = await begin(service, caller, order)
-    limit_s = service.settings.max_request_s
     if asked.stream:
-        return LiveResponse(_chunks(generation, asked), CHUNKS, generation, limit_s=limit_s)
-    return LiveResponse(_whole(generation, asked), WHOLE, generation, limit_s=limit_s)
+        return LiveResponse(_chunks(generation, asked), CHUNKS, generation, service.settings)
+    return LiveResponse(_whole(generation, asked), WHOLE, generation, service.settings)
 
 
 def _body(generation: Generation, asked: CompletionRequest, created: int) -> CompletionBody:

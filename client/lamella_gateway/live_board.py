@@ -97,8 +97,8 @@ class LiveBoard:
 
     async def _open(self, pubsub: PubSub) -> None:
         async with self._sending:
+            self._pubsub = pubsub  # before the list is read, so that who comes later subscribes by itself
             await pubsub.subscribe(self._connection.keys.channel("gateway"), *self._followers)
-            self._pubsub = pubsub
 
     def _take(self, message: dict[str, object] | None) -> None:
         if message is None:

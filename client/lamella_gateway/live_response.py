@@ -17,9 +17,8 @@ from typing import Protocol
 from starlette.types import Receive, Scope, Send
 
 from lamella_gateway.api_error import SERVER, ApiError
+from lamella_gateway.settings import Settings
 
-KEEP_ALIVE_S = 1.0
-HOLD_S = 1.0  # so long an answer waits for its status to be sure
 SSE_COMMENT = b": keep-alive\n\n"
 SPACE = b" "
 EVENT_STREAM = "text/event-stream"
@@ -64,7 +63,7 @@ class LiveResponse:
         pieces: what comes, when it comes; it is closed at the end, however that comes.
         form: how it looks.
         waited: told when the client left before the end, and closed in any case.
-        limit_s: the longest it may take.
+        settings: the longest it may take, and how long it may be silent.
         head: sent at once with the status.
     """
 
@@ -73,15 +72,15 @@ class LiveResponse:
         pieces: Pieces,
         form: Form,
         waited: Waited,
-        *,
-        limit_s: float,
+        settings: Settings,
         head: bytes = b"",
     ) -> None:
         self._pieces = pieces
         self._form = form
         self._head = head
         self._waited = waited
-        self._limit_s = limit_s
+        self._limit_s = settings.max_request_s
+        self._silence_s = settings.keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -105,8 +104,7 @@ class LiveResponse:
         step = asyncio.ensure_future(anext(self._pieces, None))
         try:
             while True:
-                pause_s = KEEP_ALIVE_S if sender.is_started else HOLD_S
-                await asyncio.wait({step, gone}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({step, gone}, timeout=self._silence_s, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     return False
                 if not step.done():

@@ -6,7 +6,8 @@ A worker tells the text of each token beside its id; what an older one leaves ou
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypedDict
+
+from typing_extensions import TypedDict
 
 from lamella import TokenLogprob
 

@@ -6,9 +6,10 @@ Owns what each route says it takes and returns. A new route has its entry here; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from lamella import __version__
 from lamella_gateway.chat_request import ChatRequest

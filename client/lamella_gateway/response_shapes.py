@@ -6,7 +6,9 @@ asked), `answer` (what came), `response_events` (the same, while it comes).
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from lamella import Cancelled, Done, Failed, JobState, JobStatus
 from lamella_gateway.answer import Answer

@@ -69,15 +69,14 @@ async def create_response(request: Request) -> Live:
     )
     generation = await begin(service, caller, order)
     made = response_id(generation.job_ids[0])
-    limit_s = service.settings.max_request_s
     now = time.time()
     if asked.stream:
         events = ResponseEvents(made, record, now)
-        return LiveResponse(_events(generation, events), EVENTS, generation, limit_s=limit_s, head=events.begin())
+        return LiveResponse(_events(generation, events), EVENTS, generation, service.settings, events.begin())
     if record.background:
         await generation.close()
         return JSONResponse(response_body(made, record, now, "queued"))
-    return LiveResponse(_whole(generation, made, record, now), WHOLE, generation, limit_s=limit_s)
+    return LiveResponse(_whole(generation, made, record, now), WHOLE, generation, service.settings)
 
 
 async def stored_response(request: Request) -> Live:
@@ -97,7 +96,7 @@ async def _retrieve(request: Request, service: Service, stored: StoredResponse) 
     generation = Generation(service, [job_id_of(stored.response_id)], goes_on_alone=True)
     events = ResponseEvents(stored.response_id, stored.record, stored.status.created_at, after)
     pieces = _events(generation, events, stored.status.finished_at)
-    return LiveResponse(pieces, EVENTS, generation, limit_s=service.settings.max_request_s, head=events.begin())
+    return LiveResponse(pieces, EVENTS, generation, service.settings, events.begin())
 
 
 async def cancel_response(request: Request) -> Live:

@@ -28,6 +28,7 @@ class Settings:
         max_body_bytes: larger request bodies are refused.
         max_open_streams: as many requests may wait for tokens at once; one more is told to come back.
         max_request_s: a request that takes longer is ended, and its jobs with it.
+        keep_alive_s: a waiting answer gets a sign of life after so long in silence; so long its status stays open.
         default_max_tokens: tokens of a chat or response that names no limit, if the model's context has room for them.
         grace_s: how long open requests may go on once the gateway is told to stop.
     """
@@ -41,6 +42,7 @@ class Settings:
     max_body_bytes: int = 16 * MIB
     max_open_streams: int = 2000
     max_request_s: float = 3600.0
+    keep_alive_s: float = 1.0
     default_max_tokens: int = 4096
     grace_s: float = 10.0
 
@@ -56,7 +58,7 @@ class Settings:
                 raise ConfigError(f"--cors-origin {origin[:80]!r}: use scheme and host, such as https://example.org")
         if "*" in self.cors_origins and not self.requires_key:
             raise ConfigError("--cors-origin '*' with --no-auth lets every web page use this machine; name the origins")
-        for name in ("max_body_bytes", "max_open_streams", "max_request_s", "default_max_tokens"):
+        for name in ("max_body_bytes", "max_open_streams", "max_request_s", "keep_alive_s", "default_max_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; use a number above 0")
 

@@ -13,7 +13,7 @@ import logging
 from lamella.errors import LamellaError
 from lamella_gateway.meter import Meter
 
-EVERY_S = 5.0
+EVERY_S = 2.0
 
 log = logging.getLogger(__name__)
 

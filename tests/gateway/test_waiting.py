@@ -17,7 +17,15 @@ from tests.gateway.running_gateway import KEEP_ALIVE, RunningGateway, on_next_jo
 from tests.waiting import wait_until
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
-SILENCE_S = 3.5
+SILENCE_S = 2.5
+TICK_S = 0.5
+
+
+@pytest.fixture
+def gateway(embedded_server: EmbeddedServer) -> Iterator[RunningGateway]:
+    """A gateway that gives a sign of life twice a second."""
+    with RunningGateway(embedded_server.url, keep_alive_s=TICK_S) as gateway:
+        yield gateway
 
 
 @contextmanager
@@ -44,7 +52,7 @@ def slowly(worker: ActingWorker, *events) -> object:
     return on_next_job(worker, act)
 
 
-def test_a_silent_stream_brings_a_comment_each_second(gateway: RunningGateway, worker: ActingWorker) -> None:
+def test_a_silent_stream_brings_comments(gateway: RunningGateway, worker: ActingWorker) -> None:
     thread = slowly(worker, token("Paris"), done())
     with posted(gateway, {**CHAT, "stream": True}) as connection:
         body = connection.getresponse().read()
@@ -52,7 +60,7 @@ def test_a_silent_stream_brings_a_comment_each_second(gateway: RunningGateway, w
 
     assert body.startswith(b"data: ")
     assert b'"role": "assistant"' in body.split(b"\n\n")[0]
-    assert 2 <= body.count(KEEP_ALIVE) <= 5
+    assert 2 <= body.count(KEEP_ALIVE) <= SILENCE_S / TICK_S
     assert body.endswith(b"data: [DONE]\n\n")
 
 
@@ -64,18 +72,17 @@ def test_a_silent_whole_answer_brings_spaces(gateway: RunningGateway, worker: Ac
     thread.join(40)
 
     assert response.status == 200
-    assert 1 <= len(body) - len(body.lstrip(b" ")) <= 5
+    assert 1 <= len(body) - len(body.lstrip(b" ")) <= SILENCE_S / TICK_S
     assert json.loads(body)["choices"][0]["message"]["content"] == "Paris"
 
 
 def test_the_sdk_outlives_a_silence_longer_than_its_timeout(gateway: RunningGateway, worker: ActingWorker) -> None:
-    with gateway.client(timeout=2.0) as sdk:
-        for is_stream in (False, True):
-            thread = slowly(worker, token("Paris"), done())
-            answer = sdk.chat.completions.create(**CHAT, stream=is_stream)
-            text = "".join(c.choices[0].delta.content or "" for c in answer) if is_stream else None
-            assert (text or answer.choices[0].message.content) == "Paris"
-            thread.join(40)
+    thread = slowly(worker, token("Paris"), done())
+    with gateway.client(timeout=SILENCE_S - TICK_S / 2) as sdk:
+        answer = sdk.chat.completions.create(**CHAT)
+    thread.join(40)
+
+    assert answer.choices[0].message.content == "Paris"
 
 
 def test_a_failure_after_the_first_second_is_told_in_the_body(gateway: RunningGateway, worker: ActingWorker) -> None:
@@ -127,10 +134,10 @@ def test_a_gateway_that_stops_leaves_its_jobs_to_be_found_again(
 def test_an_answer_that_takes_too_long_is_ended_with_its_job(
     embedded_server: EmbeddedServer, worker: ActingWorker
 ) -> None:
-    with RunningGateway(embedded_server.url, max_request_s=2.5) as gateway, gateway.client() as sdk:
+    with RunningGateway(embedded_server.url, max_request_s=1.5, keep_alive_s=0.2) as gateway, gateway.client() as sdk:
         stream = sdk.chat.completions.create(**CHAT, stream=True)
         assert next(stream).choices[0].delta.content == ""
-        with pytest.raises(openai.APIError, match=r"longer than 2.5 s"):
+        with pytest.raises(openai.APIError, match=r"longer than 1.5 s"):
             next(stream)
         (job_id,) = worker.redis.zrange(worker.keys.jobs, 0, -1)
         wait_until(lambda: worker.redis.hget(worker.keys.job(job_id), "state") == "cancelled")
@@ -145,16 +152,7 @@ def test_no_more_streams_are_open_than_may_be(embedded_server: EmbeddedServer, w
         assert caught.value.status_code == 503
         assert caught.value.response.headers["retry-after"] == "2"
 
-        thread = wait_until(lambda: _answered(worker, sdk))
+        wait_until(lambda: worker.redis.zcard(worker.keys.active) == 0)
+        thread = on_next_job(worker, lambda job_id: worker.emit(job_id, token("Paris"), done()))
+        assert sdk.chat.completions.create(**CHAT).choices[0].message.content == "Paris"
         thread.join(40)
-
-
-def _answered(worker: ActingWorker, sdk: openai.OpenAI) -> object:
-    """Whether the place of the client that left is free again."""
-    thread = on_next_job(worker, lambda job_id: worker.emit(job_id, token("Paris"), done()))
-    try:
-        sdk.chat.completions.create(**CHAT)
-    except openai.InternalServerError:
-        sdk.responses.create(model=MODEL, input="x", background=True)  # does not wait, but takes a place for a moment
-        return None
-    return thread

@@ -10,6 +10,7 @@
 --   lease_until  the claim is void after this        seq         highest stored event
 --   tokens       tokens emitted                      sends       Celery messages sent
 --   cancel       1 once requested while running      nudged_at, nudges   reconciler's bookkeeping
+--   response, billed, forget: the gateway's, see attach.lua and settle.lua
 --   outcome      terminal event JSON                 retried_as  the job that goes on with this dead one
 --   user, class, cost, prompt_cost, order, deadline, place, charge: see _queue.lua
 --   trace        W3C traceparent of who asked for it, if that is traced
