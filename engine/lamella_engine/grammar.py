@@ -48,6 +48,8 @@ class Grammars:
         self._end_ids = end_ids
         self._lock = threading.Lock()
         self._tokens: LLTokenizer | None = None
+        added = [] if codec is None else codec.tokenizer.added_tokens_decoder.values()
+        self._special = [str(token) for token in added if token.special]
 
     def walk(self, answer_format: AnswerFormat) -> GrammarWalk:
         """The beginning of a way through `answer_format`.
@@ -59,7 +61,7 @@ class Grammars:
         from llguidance import LLMatcher, LLParserLimits
 
         try:
-            grammar = _grammar(answer_format)
+            grammar = _unforced(answer_format) if self._names_special(answer_format) else _grammar(answer_format)
         except (ValueError, RecursionError) as error:
             raise _refused(answer_format, str(error)) from error
         limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
@@ -69,6 +71,17 @@ class Grammars:
         if matcher.is_error():
             raise _refused(answer_format, matcher.get_error())
         return GrammarWalk(matcher, forces=tokens.is_canonical)
+
+    def _names_special(self, answer_format: AnswerFormat) -> bool:
+        """Whether the text of a special token may be part of the answer.
+
+        Where such text leaves no choice llguidance would force the token itself, which is not that text.
+        """
+        source = answer_format.source
+        spellings = [source, source.replace("\\", "")]
+        if answer_format.kind in (FormatKind.JSON_SCHEMA, FormatKind.CHOICE):
+            spellings.append(json.dumps(json.loads(source), ensure_ascii=False))
+        return any(token in spelling for token in self._special for spelling in spellings)
 
     def _read_tokens(self) -> LLTokenizer:
         """The tokenizer as llguidance has it, read once: a second for 50,000 tokens, when first needed."""
@@ -107,7 +120,10 @@ class GrammarWalk:
 
     def forced(self) -> list[int]:
         """The tokens that must come next; none where there is a choice."""
-        return self._matcher.compute_ff_tokens() if self._forces else []
+        if not self._forces:
+            return []
+        tokens = self._matcher.compute_ff_tokens()
+        return tokens[: self._matcher.validate_tokens(tokens)] if tokens else []
 
     def bits(self) -> torch.Tensor:
         """A bit for each token that may come next, uint8 on the host, lowest bit first.
@@ -160,6 +176,26 @@ def _grammar(answer_format: AnswerFormat) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(choices))
         case FormatKind.LARK:
             return LLMatcher.grammar_from_lark(source)
+
+
+def _unforced(answer_format: AnswerFormat) -> str:
+    """As `_grammar`, but nothing is ever forced."""
+    from llguidance import LLMatcher, regex_to_lark
+
+    source = answer_format.source
+    match answer_format.kind:
+        case FormatKind.JSON_SCHEMA if source.strip().startswith("{"):
+            schema: dict[str, object] = {"x-guidance": dict(_JSON_FORM)} | json.loads(source)
+            lark = f"start: %json {json.dumps(schema)}"
+        case FormatKind.REGEX:
+            lark = f"start: /{regex_to_lark(source, '')}/"
+        case FormatKind.CHOICE:
+            lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(source))
+        case FormatKind.LARK if "%llguidance" not in source:
+            lark = source
+        case _:
+            return _grammar(answer_format)
+    return LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
 
 
 def _refused(answer_format: AnswerFormat, reason: str) -> SequenceError:

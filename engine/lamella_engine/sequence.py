@@ -190,9 +190,9 @@ class Sequence:
         text, is_stopped, is_end = "", False, token_id in self._end_ids
         if self._detokenizer is not None and not is_end:
             text, is_stopped = self._detokenizer.push(token_id)
-        if self._walk is not None and not is_end:
+        if self._walk is not None and token_id not in self.sampling.stop_token_ids:
             self._walk.take(token_id)
-            is_end = self._walk.is_complete
+            is_end = is_end or self._walk.is_complete
         if is_stopped or is_end:
             self.reason = FinishReason.STOP
         elif self.length >= self._limit:

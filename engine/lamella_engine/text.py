@@ -35,8 +35,10 @@ class TextCodec:
             self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
-        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
-        self._markers = {special[marker]: marker for marker in TOOL_MARKERS if marker in special}
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._markers = {
+            token_id: str(token) for token_id, token in added if token.special and str(token) in TOOL_MARKERS
+        }
         self._lock = threading.Lock()  # fast tokenizers refuse to be used while their settings change
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -101,6 +103,10 @@ class TextCodec:
         with self._lock:
             text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def special_marker(self, marker: str) -> int | None:
+        """The token of one of TOOL_MARKERS where it is a special one, which text cannot bring about; else None."""
+        return next((token_id for token_id, known in self._markers.items() if known == marker), None)
 
     def decode_marked(self, token_ids: list[int]) -> str:
         """As `decode`, but tokens that say where a tool is called are written out though they are special."""

@@ -85,9 +85,9 @@ def _after(tool_format: ToolFormat) -> str:
 
 def _marker(codec: TextCodec, marker: str) -> str:
     """A marker as a grammar has it: by its id where it is a special token, else as text."""
-    tokenizer = codec.tokenizer
-    if marker in tokenizer.all_special_tokens:
-        return f"<[{tokenizer.convert_tokens_to_ids(marker)}]>"
+    token_id = codec.special_marker(marker)
+    if token_id is not None:
+        return f"<[{token_id}]>"
     return _text(marker)
 
 

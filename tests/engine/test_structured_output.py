@@ -357,6 +357,32 @@ def test_a_format_that_grows_too_large_ends_its_own_answer_only(engine: Engine) 
     assert outcomes["plain"].token_ids == alone.token_ids
 
 
+@pytest.mark.parametrize(
+    ("answer_format", "text"),
+    [
+        (
+            AnswerFormat(FormatKind.JSON_SCHEMA, '{"const": "an <|end|> and a \\u003c|user|>"}'),
+            '"an <|end|> and a <|user|>"',
+        ),
+        (AnswerFormat(FormatKind.CHOICE, '["an <|end|> and more"]'), "an <|end|> and more"),
+        (AnswerFormat(FormatKind.REGEX, r"an <\|end\|>/more"), "an <|end|>/more"),
+        (AnswerFormat(FormatKind.LARK, 'start: "an <|end|> and more"'), "an <|end|> and more"),
+    ],
+)
+def test_text_that_looks_like_a_special_token_is_written_as_text(
+    engine: Engine, answer_format: AnswerFormat, text: str
+) -> None:
+    outcome = answer(engine, answer_format)
+
+    assert outcome.text == text
+    assert outcome.finished is not None
+    assert outcome.finished.reason == "stop"
+    assert END_TOKEN not in outcome.token_ids
+
+
+END_TOKEN = 2
+
+
 def test_a_model_without_a_tokenizer_has_no_formats(options: EngineOptions, tiny_checkpoint: object) -> None:
     assert callable(tiny_checkpoint)
     ShardStore(options.store).ensure("bare", source=tiny_checkpoint("llama"))
