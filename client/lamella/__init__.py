@@ -3,14 +3,15 @@
 Files in the order in which a request flows through them:
 
 - `client`, `async_client`: the calls users make; `job`, `async_job`: a handle on one job
-- `request_draft`: arguments checked, mistakes named
+- `request_draft`, `answer_terms`, `embed_draft`: arguments checked; `mistakes`: named
 - `operations`: what is exchanged with the registry, as `steps`; `tracing`: spans of submits, where they are asked for
 - `queue_terms`: whose a job is, how urgent, until when; `admission`: why one was refused; `limits`: what may wait
 - `registry_calls`, `queue_calls`, `script_call`, ``lua/``: the scripts, also how a worker hears of a job; `keys`: every
   Redis name
 - `connection`: pools, timeouts, retries; `server_url`: which server; `server_errors`: wording of its refusals
 - `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections
-- `messages`, `records`: what comes back, as types; `completion`: a finished job's text
+- `wire`, `response_format`, `chat`, `embedding`, `messages`, `records`: what is sent and comes back, as types
+- `call_scanner`, `call_section`, `tool_calls`: calls of tools in an answer; `completion`: a finished job's text
 - `secret_sources`, `key_ring`, `job_seal`, `keep_time`, `acl`: passwords, encrypted jobs, what is kept, who may do what
 - `errors`: everything that is raised
 - `embedded`, `child_process`, `service_state`: a private server for `lamella up`
@@ -21,8 +22,10 @@ Importing this package loads neither torch nor celery.
 
 from lamella.async_client import AsyncClient
 from lamella.async_job import AsyncJob
+from lamella.chat import FunctionCall, ToolCall
 from lamella.client import Client
 from lamella.completion import Completion
+from lamella.embedding import Embeddings
 from lamella.errors import (
     ConfigError,
     DeadlineHopeless,
@@ -78,8 +81,10 @@ __all__ = [
     "DeadlineHopeless",
     "DecodeError",
     "Done",
+    "Embeddings",
     "EncryptionError",
     "Failed",
+    "FunctionCall",
     "IdempotencyConflict",
     "Job",
     "JobCancelled",
@@ -103,6 +108,7 @@ __all__ = [
     "StreamItem",
     "TokenEvent",
     "TokenLogprob",
+    "ToolCall",
     "Usage",
     "UserLimitReached",
     "UserLimits",

@@ -153,9 +153,10 @@ def test_an_answer_in_a_format_goes_on_after_its_worker_is_killed(
     completion = job.result(timeout_s=LEASE_S + 60)
     assert completion.text == expected.text
     assert completion.token_ids == expected.token_ids
+    assert job.status().attempts > 1
 
 
-def test_a_private_job_keeps_vectors_to_itself(session_server: EmbeddedServer, solo: str) -> None:
+def test_the_same_request_for_vectors_under_one_key_is_one_job(session_server: EmbeddedServer, solo: str) -> None:
     with Client(session_server.url) as client:
         job = client.submit_embed(solo, ["unmistakable"], idempotency_key="vectors")
         again = client.submit_embed(solo, ["unmistakable"], idempotency_key="vectors")

@@ -182,3 +182,25 @@ def test_a_row_that_is_not_finite_fails_alone(logits: torch.Tensor) -> None:
         "not_finite",
         None,
     ]
+
+
+def test_a_bias_is_added_to_the_logits_of_its_tokens_alone() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]] * 4)
+    biases = [((0, 4.0),), ((3, -100.0),), ((1, 100.0), (2, 100.0)), None]
+
+    choices = sample(logits, [draw(Sampling(logit_bias=bias)) for bias in biases])
+
+    assert [choice.token_id for choice in choices] == [0, 2, 2, 3]
+    assert logits[0].tolist() == [0.0, 1.0, 2.0, 3.0], "what others see stays"
+
+
+def test_a_bias_shifts_what_is_drawn_as_often_as_it_should() -> None:
+    logits = torch.zeros(1, 2)
+    counts = [0, 0]
+
+    for seed in range(400):
+        bias = ((1, 1.0986),)  # three times as likely
+        (choice,) = sample(logits, [draw(Sampling(temperature=1.0, seed=seed, logit_bias=bias))])
+        counts[choice.token_id] += 1
+
+    assert 260 < counts[1] < 340

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,9 @@ def submit(  # noqa: PLR0913  one argument for each option
     deadline_s: Annotated[
         float | None, typer.Option("--deadline-s", help="Seconds after which the job is ended, with what it has.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="File with a JSON schema that the answer must follow.")
+    ] = None,
     as_json: options.AsJson = False,
     redis_url: options.RedisUrl = None,
     prefix: options.Prefix = options.DEFAULT,
@@ -63,6 +67,8 @@ def submit(  # noqa: PLR0913  one argument for each option
     request["deadline_s"] = deadline_s
     if priority is not None:
         request["priority"] = priority
+    if json_schema is not None:
+        request["response_format"] = {"type": "json_schema", "schema": _schema(json_schema)}
     if chat:
         request["messages"] = [{"role": "user", "content": text}]
     with options.open_client(redis_url, prefix) as client:
@@ -71,6 +77,13 @@ def submit(  # noqa: PLR0913  one argument for each option
         echo_json({"job_id": job.id})
     else:
         typer.echo(job.id)
+
+
+def _schema(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--json-schema {path} cannot be read ({error}); give a file of JSON text") from error
 
 
 def stream(
