@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lamella import ChatMessage, DecodeError, JobStatus
 from lamella.connection import AsyncConnection
+from lamella.embedding import EmbedRequest
 from lamella.job_seal import JobSeal, seal_request
 from lamella.key_ring import KeyRing
 from lamella.keys import Keys
@@ -130,7 +131,8 @@ async def conversation(connection: AsyncConnection, stored: StoredResponse, outp
     text = await connection.run(_request(connection.keys, job_id))
     if text is None:
         raise not_found(stored.response_id)
-    messages = decode_request(JobSeal(connection.ring).open_request(text)).messages or ()
+    request = decode_request(JobSeal(connection.ring).open_request(text))
+    messages = () if isinstance(request, EmbedRequest) else request.messages or ()
     before = messages[1:] if stored.record.has_instructions else messages
     return (*before, ChatMessage(role="assistant", content=output))
 
