@@ -15,8 +15,8 @@ In the order data flows through them:
   `calibration_text`, `layer_inputs`, `calibrated_build`: for which text their codes are chosen.
 - `open_source`, `stored_checkpoint`, `hub_source`: the place that weights come from, opened.
 - `convert`, `build_plan`, `shard`, `shard_writer`, `in_place`, `shard_builder`, `manifest`, `shard_check`,
-  `model_lock`, `model_use`, `store_room`, `originals`, `shard_store`: one file per layer, built once, checked whenever
-  it is opened, removed for room when nobody uses it.
+  `model_lock`, `model_use`, `store_room`, `originals`, `shard_repair`, `wanted_model`, `shard_store`: one file a layer,
+  built once, checked whenever it is opened, mended from its source, removed for room when nobody uses it.
 - `model_source`, `kv_shape`, `model_traits`, `inspection`: what a model is, from config and headers alone.
 - `placement`, `budget`, `device`, `compute_dtype`, `model_sizes`, `disk_speed`, `calibration`, `planner`, `workspace`,
   `reserve`, `spread`, `estimate`: where every byte will live and be computed, and what a sweep will take.

@@ -41,9 +41,10 @@ from lamella_engine.manifest import ORIGINAL, Manifest
 from lamella_engine.names import check_model_name
 from lamella_engine.peer_address import Peers
 from lamella_engine.peer_cli import share
-from lamella_engine.shard_store import NO_PEERS, PLAIN
+from lamella_engine.shard_store import NO_PEERS
 from lamella_engine.store_room import Occupant
 from lamella_engine.stored_form import StoredForm
+from lamella_engine.wanted_model import PLAIN
 
 app = typer.Typer(
     name="models",

@@ -39,6 +39,7 @@ class ShardFile:
     def __init__(self, path: Path, *, direct: bool) -> None:
         self._path = path
         self._buffered = _open(path, 0)
+        self._stamp = self._stamp_now()
         self._direct: int | None = None
         self._is_direct = False
         if direct and DIRECT:
@@ -55,7 +56,7 @@ class ShardFile:
         """Fill `view` from `start` on; at least `needed` bytes, the rest of an aligned read may lie past the end.
 
         Raises:
-            ShardError: the file ends early or cannot be read.
+            ShardError: the file ends early, cannot be read, or was written to since it was opened.
         """
         done = 0
         while done < needed:
@@ -66,6 +67,8 @@ class ShardFile:
                     "Remove the model from the store and build it again."
                 )
             done += count
+        if self._stamp_now() != self._stamp:  # after the read, so that nothing of a later write is in it
+            raise ShardError(f"{self._path} was changed while in use; its bytes are not trusted any more")
         if not self._is_direct:
             _drop_cache(self._buffered, start, needed)
 
@@ -74,6 +77,11 @@ class ShardFile:
         os.close(self._buffered)
         if self._direct is not None:
             os.close(self._direct)
+
+    def _stamp_now(self) -> tuple[int, int]:
+        """What every write changes; removing and renaming the file do not."""
+        status = os.fstat(self._buffered)
+        return status.st_size, status.st_mtime_ns
 
     def _read_once(self, view: memoryview, start: int) -> int:
         file = self._direct if self._is_direct and self._direct is not None else self._buffered

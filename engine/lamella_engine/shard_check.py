@@ -19,7 +19,7 @@ from lamella_engine import in_place
 from lamella_engine.errors import CheckpointError, ShardError
 from lamella_engine.manifest import Manifest, damaged, write_json
 from lamella_engine.packed_shard import tensors_of
-from lamella_engine.progress import CHECK, Progress
+from lamella_engine.progress import CHECK, Progress, silent
 from lamella_engine.safetensors_header import read_header
 from lamella_engine.shard import DATA_ALIGNMENT, TENSOR_ALIGNMENT, Shard, TensorSpec
 from lamella_engine.shard_writer import HASH_CHUNK_BYTES, PADDING_PREFIX, ShardRecord
@@ -61,6 +61,14 @@ def check_files(manifest: Manifest, directory: Path, *, use_stamps: bool, progre
     if faults:
         others = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
         raise damaged(faults[0][0], faults[0][1] + others, manifest.name)
+
+
+def damaged_files(manifest: Manifest, directory: Path) -> list[Path]:
+    """The files of `manifest` that are in its build `directory` and are not what was built; all are hashed."""
+    there = [record for record in manifest.files if (directory / record.file).is_file()]
+    wrong_size = [record for record in there if _size_fault(directory / record.file, record)]
+    _, altered = _hash_all(directory, [record for record in there if record not in wrong_size], silent)
+    return [*(directory / record.file for record in wrong_size), *(path for path, _ in altered)]
 
 
 def read_shards(manifest: Manifest, directory: Path) -> tuple[Shard, ...]:

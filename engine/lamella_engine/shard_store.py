@@ -10,10 +10,10 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from lamella_engine import hub_source, names, originals, peer_fetch, shard_builder
+from lamella_engine import hub_source, names, originals, peer_fetch, shard_builder, shard_repair
 from lamella_engine.build_plan import BuildRequest
 from lamella_engine.device import resolve_device
 from lamella_engine.errors import ModelError, ModelNotFound, OptionError, ShardError
@@ -27,14 +27,13 @@ from lamella_engine.originals import Deleted
 from lamella_engine.peer_address import Peers
 from lamella_engine.pickled_checkpoint import PickledCheckpoint
 from lamella_engine.progress import Progress, silent
-from lamella_engine.quant_mix import SizeTarget
-from lamella_engine.quant_spec import QuantSpec
 from lamella_engine.shard import ShardedModel
 from lamella_engine.shard_check import check_files, read_shards
 from lamella_engine.shard_writer import as_model_error
 from lamella_engine.store_room import CONVERTED_DIRECTORY, StoreRoom
 from lamella_engine.stored_checkpoint import StoredCheckpoint
 from lamella_engine.stored_form import StoredForm, meaning_of, packed_variant
+from lamella_engine.wanted_model import PLAIN, WantedModel
 from lamella_engine.weight_files import has_weights
 from lamella_engine.weight_source import SourceKind, WeightSource
 
@@ -49,20 +48,8 @@ def default_store_root() -> Path:
     return Path(os.environ.get(STORE_VARIABLE) or "~/.cache/lamella/shards").expanduser()
 
 
-PLAIN = StoredForm()
 NO_PEERS = Peers()
 _Local = WeightSource | PickledCheckpoint
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A model as asked for: its name, the local source if one was given, and how it is to be stored."""
-
-    name: str
-    origin: Path | None
-    dtype: str | None
-    form: StoredForm = PLAIN
-    quant: QuantSpec | SizeTarget | None = None
 
 
 class ShardStore:
@@ -94,7 +81,7 @@ class ShardStore:
         hub_token: str | None = None,
         progress: Progress | None = None,
     ) -> ShardedModel:
-        """Open `model`, building its shards first if the store does not have them.
+        """Open `model`, building its shards first if the store lacks them, or those of them that are damaged.
 
         Args:
             model: a name in the store; else a checkpoint directory or ``.gguf`` file; else ``owner/name[@revision]``
@@ -116,7 +103,7 @@ class ShardStore:
         return self._ensured(wanted, self._local(wanted), offline, hub_token, progress or silent)
 
     def _ensured(
-        self, wanted: _Wanted, local: _Local | None, offline: bool, hub_token: str | None, report: Progress
+        self, wanted: WantedModel, local: _Local | None, offline: bool, hub_token: str | None, report: Progress
     ) -> ShardedModel:
         manifest = self._current(wanted, local)
         if manifest is None:
@@ -125,7 +112,20 @@ class ShardStore:
                     manifest = self._current(wanted, local) or self._build(wanted, local, offline, hub_token, report)
             except OSError as error:
                 raise as_model_error(error, self.root, 0) from error
-        return self._open(manifest, report)
+        try:
+            return self._open(manifest, report)
+        except ShardError as error:
+            return self._open(self._repaired(manifest, error, offline, hub_token, report), report)
+
+    def _repaired(
+        self, manifest: Manifest, error: ShardError, offline: bool, hub_token: str | None, report: Progress
+    ) -> Manifest:
+        request = shard_repair.request_again(manifest, hub_token, report, offline=offline)
+        if request is None:
+            raise error
+        with self._lock(manifest.name).held(manifest.name, self._build_wait_s):
+            shard_repair.set_aside(manifest, self.build_directory(manifest), self.root)
+            return self._built(request, report)
 
     def import_pickled(
         self, name: str, path: Path, *, dtype: str | None = None, progress: Progress | None = None
@@ -262,17 +262,17 @@ class ShardStore:
         stored = ", ".join(manifest.name for manifest in self.list()) or "no model"
         return ModelNotFound(f"{name} is not in the store {self.root}, which holds {stored}")
 
-    def _wanted(self, model: str | Path, source: Path | None, dtype: str | None) -> _Wanted:
+    def _wanted(self, model: str | Path, source: Path | None, dtype: str | None) -> WantedModel:
         if source is not None:
-            return _Wanted(names.check_model_name(str(model)), Path(os.path.expanduser(source)), dtype)
+            return WantedModel(names.check_model_name(str(model)), Path(os.path.expanduser(source)), dtype)
         if isinstance(model, str) and names.is_model_name(model) and self._is_published(model):
-            return _Wanted(model, None, dtype)
+            return WantedModel(model, None, dtype)
         path = Path(os.path.expanduser(model))
         if isinstance(model, Path) or (model and os.path.exists(path)):
-            return _Wanted(names.name_from_path(path), path, dtype)
-        return _Wanted(names.check_model_name(model), None, dtype)
+            return WantedModel(names.name_from_path(path), path, dtype)
+        return WantedModel(names.check_model_name(model), None, dtype)
 
-    def _formed(self, wanted: _Wanted, form: StoredForm) -> _Wanted:
+    def _formed(self, wanted: WantedModel, form: StoredForm) -> WantedModel:
         """`wanted` in the form that is asked for, or that its own name says."""
         _, variant = names.split_variant(wanted.name)
         if form.is_packed:
@@ -282,7 +282,7 @@ class ShardStore:
             return replace(wanted, form=form)
         return replace(wanted, form=form, quant=meaning_of(variant))
 
-    def _local(self, wanted: _Wanted) -> WeightSource | None:
+    def _local(self, wanted: WantedModel) -> WeightSource | None:
         """The checkpoint on this host that was named; None if none was, or only the model built from it is left."""
         origin = wanted.origin
         base, _ = names.split_variant(wanted.name)
@@ -297,7 +297,7 @@ class ShardStore:
             return None
         return open_source(origin, expand_to=wanted.dtype)
 
-    def _current(self, wanted: _Wanted, local: _Local | None) -> Manifest | None:
+    def _current(self, wanted: WantedModel, local: _Local | None) -> Manifest | None:
         """What is published if it is what is wanted; None if it has to be built."""
         if not self._is_published(wanted.name):
             return None
@@ -323,7 +323,7 @@ class ShardStore:
         return None
 
     def _build(
-        self, wanted: _Wanted, local: _Local | None, offline: bool, hub_token: str | None, progress: Progress
+        self, wanted: WantedModel, local: _Local | None, offline: bool, hub_token: str | None, progress: Progress
     ) -> Manifest:
         if isinstance(local, PickledCheckpoint):
             return self._build_pickled(wanted, local, progress)
@@ -363,7 +363,7 @@ class ShardStore:
         base, _ = names.split_variant(name)
         return lambda needed_bytes: self.room.make_room(needed_bytes, {name, base})
 
-    def _build_pickled(self, wanted: _Wanted, pickled: PickledCheckpoint, progress: Progress) -> Manifest:
+    def _build_pickled(self, wanted: WantedModel, pickled: PickledCheckpoint, progress: Progress) -> Manifest:
         place = self._converted(wanted.name)
         location = str(pickled.path.resolve())
         try:
@@ -375,7 +375,7 @@ class ShardStore:
                 place.parent.rmdir()  # stays while another model is converted in it
 
     def _fetch(
-        self, wanted: _Wanted, absent: str, offline: bool, hub_token: str | None, progress: Progress
+        self, wanted: WantedModel, absent: str, offline: bool, hub_token: str | None, progress: Progress
     ) -> BuildRequest:
         name = wanted.name
         if wanted.origin is not None:

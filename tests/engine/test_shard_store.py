@@ -197,9 +197,43 @@ def test_a_damaged_file_is_an_error_that_names_it_and_the_fix(
     else:
         path.unlink()
 
-    for attempt in (store.open, store.verify, lambda name: store.ensure(name, source=source)):
+    shutil.move(source, source.with_name("elsewhere"))
+    for attempt in (store.open, store.verify, store.ensure):
         with pytest.raises(ShardError, match=rf"{file}.*lamella models remove tiny"):
             attempt("tiny")
+
+
+@pytest.mark.parametrize("file", ["layer-00002.safetensors", "root.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_damaged_file_is_set_aside_and_built_again_where_its_source_is_there(
+    file: str, damage: str, store: ShardStore, source: Path
+) -> None:
+    model = store.ensure("tiny", source=source)
+    before = {path.name: path.read_bytes() for path in model.directory.glob("*.*s*")}
+    untouched = model.layers[0].path.stat().st_ino
+    path = model.directory / file
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.unlink()
+    if damage == "flip":
+        path.write_bytes(raw)
+
+    store.ensure("tiny")
+
+    store.verify("tiny")
+    assert path.read_bytes() == before[file]
+    assert model.layers[0].path.stat().st_ino == untouched, "only what was damaged is built"
+    aside = [(found.name, found.read_bytes()) for found in store.root.glob(".damaged/tiny/*")]
+    assert aside == ([(file, bytes(raw))] if damage == "flip" else [])
+
+
+def test_a_damaged_model_is_not_mended_from_a_source_that_changed(store: ShardStore, source: Path) -> None:
+    model = store.ensure("tiny", source=source)
+    model.layers[2].path.unlink()
+    os.utime(source / "model.safetensors", (1, 1))
+
+    with pytest.raises(ShardError, match=r"layer-00002\.safetensors"):
+        store.ensure("tiny")
 
 
 def test_all_damaged_files_are_counted(store: ShardStore, source: Path) -> None:

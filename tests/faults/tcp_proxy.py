@@ -104,7 +104,7 @@ class TcpProxy:
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(STOP_S)
 
     async def _open(self) -> None:
-        self._gate = asyncio.Event()
+        self._gate, self._gone = asyncio.Event(), asyncio.Event()
         self._gate.set()
         self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.url = f"redis://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}/0"
@@ -113,10 +113,11 @@ class TcpProxy:
         self._listener.close()
         for link in list(self._links):
             link.abort()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._gone.set()
+        self._gate.set()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        if others:
+            await asyncio.wait(others, timeout=STOP_S / 2)
 
     async def _serve(self, near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
         if self._refuses:
@@ -144,7 +145,7 @@ class TcpProxy:
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)
                 if link.is_stranded:
-                    await asyncio.Event().wait()
+                    await self._gone.wait()
                 if is_question and self._sign is not None and self._sign in chunk:
                     self._sign, link.is_deaf = None, True
                 elif not is_question and link.is_deaf:

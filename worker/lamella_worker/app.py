@@ -24,7 +24,7 @@ from lamella_worker.remote_control import LookOnlyNode
 from lamella_worker.subscriptions import Subscriptions, SubscriptionStep, make_queue
 
 VISIBILITY_TIMEOUT_S = 60  # renewed each third of it by `lease`; a dead worker's deliveries come back after it
-BROKER_TIMEOUT_S = 30
+BROKER_TIMEOUT_S = 5  # the consumer waits for several such answers in turn before it knows that a connection is dead
 
 
 def make_app(config: WorkerConfig, reconciler: Reconciler, subscriptions: Subscriptions, slots: ModelSlots) -> Celery:
