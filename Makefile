@@ -15,6 +15,7 @@ BIN = $(VENV)/bin
 PROMPT ?= What is the capital of France?
 PYTEST_ARGS ?=
 PYTEST_PROCESSES ?= 2
+SOAK_ARGS ?=
 VERSIONS_ARGS ?= --directory dist/versions
 BENCH_ARGS ?= --device cpu --layers 8 --hidden 1024 --ffn 2816 --vocab 8192 --heads 16 --kv-heads 4 --dtype float32
 # Taken as written: a `$` in the question is no variable.
@@ -26,7 +27,7 @@ RUN_STAMP = $(VENV)/.lamella-run-$(CHECKOUT)
 DEV_STAMP = $(VENV)/.lamella-dev-$(CHECKOUT)
 BENCH_STAMP = $(VENV)/.lamella-bench-$(CHECKOUT)
 
-.PHONY: help demo test lint types pytest wheel bench families versions clean
+.PHONY: help demo test lint types pytest faults soak wheel bench families versions clean
 
 help:  ## list the commands
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -53,12 +54,18 @@ types: $(DEV_STAMP)  ## mypy --strict
 pytest: $(DEV_STAMP)  ## the test suite; PYTEST_ARGS="-k wire" narrows it
 	@echo "== pytest $(PYTEST_ARGS)"
 ifeq ($(strip $(PYTEST_ARGS)),)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile -m "not timing"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile -m "not timing and not faults"
 	@echo "== pytest, what is timed and therefore runs alone"
-	@$(BIN)/python -m pytest -m timing
+	@$(BIN)/python -m pytest -m "timing and not faults"
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
+
+faults: $(DEV_STAMP)  ## every fault of docs/faults.md, also those that take long, one after the other
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
+soak: $(DEV_STAMP)  ## 4000 jobs over 40 kill -9s of 4 workers; SOAK_ARGS="--jobs 200 --kills 4 --engine tiny"
+	@$(BIN)/python -m benchmarks.soak --json dist/soak.json $(SOAK_ARGS)
 
 wheel: $(DEV_STAMP)  ## build dist/*.whl and prove that it works alone
 	@echo "== wheel"

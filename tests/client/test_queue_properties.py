@@ -14,7 +14,18 @@ from lamella.keys import Keys
 from lamella.messages import GenerateRequest, Priority, SamplingParams
 from lamella.queue_calls import expire_call, serve_call, tend_call
 from lamella.queue_terms import QueueTerms
-from lamella.registry_calls import ClaimStatus, cancel_call, nudge_call, release_call, submit_call
+from lamella.registry_calls import (
+    ClaimStatus,
+    EmitStatus,
+    ReleaseStatus,
+    RetryStatus,
+    cancel_call,
+    emit_call,
+    nudge_call,
+    release_call,
+    retry_call,
+    submit_call,
+)
 from tests.client.acting_worker import MODEL, ActingWorker, call, done, token
 
 KEYS = Keys()
@@ -90,6 +101,43 @@ class QueueMachine(RuleBasedStateMachine):
         self.running.remove(job_id)
         if self.client.hget(KEYS.job(job_id), "state") == "running":
             self.client.hset(KEYS.job(job_id), "lease_until", 1)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def die_until_dead(self, data: st.DataObject) -> None:
+        job_id = data.draw(st.sampled_from(self.running))
+        self.running.remove(job_id)
+        while self.client.hget(KEYS.job(job_id), "state") == "running":
+            self.client.hset(KEYS.job(job_id), "lease_until", 1)
+            fence, seq = self.worker.fences[job_id], self.worker.seqs[job_id]
+            if self.worker.claim(job_id).status is not ClaimStatus.OK:
+                self.worker.fences[job_id], self.worker.seqs[job_id] = fence, seq
+
+    @precondition(lambda self: any(self.worker.fences.values()))
+    @rule(data=st.data(), ends=st.booleans())
+    def write_under_an_old_fence(self, data: st.DataObject, ends: bool) -> None:
+        job_id = data.draw(st.sampled_from([job_id for job_id, fence in self.worker.fences.items() if fence]))
+        fence = data.draw(st.integers(0, self.worker.fences[job_id] - 1))
+        before = self.client.hgetall(KEYS.job(job_id)), self.client.xrange(KEYS.stream(job_id))
+        next_seq = int(before[0]["seq"]) + 1
+        events = [done()] if ends else [token("stale")]
+
+        reply = call(self.client, emit_call(KEYS, job_id, fence, next_seq, 1000, events))
+        released = call(self.client, release_call(KEYS, job_id, fence, True))
+
+        assert reply.status is EmitStatus.FENCED
+        assert released is ReleaseStatus.FENCED
+        assert (self.client.hgetall(KEYS.job(job_id)), self.client.xrange(KEYS.stream(job_id))) == before
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data())
+    def retry(self, data: st.DataObject) -> None:
+        job_id, new_id = data.draw(st.sampled_from(self.ids)), f"j{len(self.ids)}"
+        first, again = (call(self.client, retry_call(KEYS, job_id, new_id)) for _ in range(2))
+        if first.status is RetryStatus.RETRIED:
+            assert again.job_id == first.job_id, "the same new job, however often it is asked for"
+            if first.job_id == new_id:
+                self.ids.append(new_id)
 
     @precondition(lambda self: self.ids)
     @rule(data=st.data())

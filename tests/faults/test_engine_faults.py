@@ -49,6 +49,7 @@ def engine_for_this_test(workers: Workers, engine: EngineProcessInfo) -> Iterato
 def test_a_crash_of_the_engine_costs_an_attempt_and_nothing_else(
     client: Client, workers: Workers, engine: EngineProcessInfo, calm: list[Undisturbed]
 ) -> None:
+    """Fault 3."""
     jobs = [each.submit(client) for each in calm]
     wait_until(lambda: all(job.status().events >= 10 for job in jobs))
 
@@ -67,7 +68,7 @@ def test_a_crash_of_the_engine_costs_an_attempt_and_nothing_else(
 def test_a_sweep_without_memory_sends_the_youngest_back_and_harms_nobody(
     client: Client, workers: Workers, engine_for_this_test: EngineProcessInfo, calm: list[Undisturbed]
 ) -> None:
-    """Fewer run side by side afterwards, for a thousand sweeps: this engine is not left to the next test."""
+    """Fault 6. Fewer run side by side afterwards, for a thousand sweeps: this engine is not left to the next test."""
     told = workers.log(NAME).count("out of memory: the youngest waits")
     jobs = [each.submit(client) for each in calm]
     wait_until(lambda: all(job.status().events >= 5 for job in jobs))

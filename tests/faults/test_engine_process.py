@@ -57,6 +57,7 @@ def signal_engine(client: Client, number: signal.Signals) -> int:
 def test_a_hung_sweep_is_ended_within_its_deadline_and_the_jobs_go_on(
     client: Client, fleet: ScriptedFleet, fault: str
 ) -> None:
+    """Fault 4."""
     start(fleet, f"sweep={fault}@40#0", "worker.hang_s=1.0", "worker.hang_sweeps=3.0")
     began = time.monotonic()
 
@@ -69,6 +70,7 @@ def test_a_hung_sweep_is_ended_within_its_deadline_and_the_jobs_go_on(
 
 
 def test_an_engine_killed_for_its_memory_comes_back_smaller(client: Client, fleet: ScriptedFleet) -> None:
+    """Fault 5."""
     start(fleet)
     jobs = submit_and_wait(client)
 
@@ -84,6 +86,7 @@ def test_an_engine_killed_for_its_memory_comes_back_smaller(client: Client, flee
 def test_a_poisoned_job_is_alone_when_it_does_harm_again_and_is_dead_after_three(
     client: Client, fleet: ScriptedFleet
 ) -> None:
+    """Fault 7."""
     start(fleet, "submit=segfault@1+~poison")
     jobs = submit_and_wait(client, num_events=10)
 
@@ -101,6 +104,7 @@ def test_a_poisoned_job_is_alone_when_it_does_harm_again_and_is_dead_after_three
 
 
 def test_a_stop_while_the_engine_is_away_gives_jobs_back(client: Client, fleet: ScriptedFleet) -> None:
+    """Faults 3 and 8."""
     start(fleet, "open=hang#1")
     jobs = submit_and_wait(client)
     signal_engine(client, signal.SIGSEGV)
@@ -118,6 +122,7 @@ def test_a_stop_while_the_engine_is_away_gives_jobs_back(client: Client, fleet: 
 
 
 def test_a_drain_costs_no_attempt(client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer) -> None:
+    """Fault 8."""
     start(fleet)
     jobs = submit_and_wait(client)
 
@@ -132,6 +137,7 @@ def test_a_drain_costs_no_attempt(client: Client, fleet: ScriptedFleet, own_serv
 
 
 def test_an_engine_does_not_outlive_its_worker(client: Client, fleet: ScriptedFleet) -> None:
+    """Fault 1."""
     start(fleet)
     jobs = submit_and_wait(client)
     pid = engine(client).pid
@@ -147,6 +153,7 @@ def test_an_engine_does_not_outlive_its_worker(client: Client, fleet: ScriptedFl
 def test_an_engine_that_cannot_be_kept_running_ends_its_worker_and_keeps_the_job(
     client: Client, fleet: ScriptedFleet
 ) -> None:
+    """Fault 3, for good."""
     start(fleet, "submit=exit@1+", "worker.max_restarts=1")
 
     job = CALM[0].submit(client)
@@ -161,6 +168,7 @@ def test_an_engine_that_cannot_be_kept_running_ends_its_worker_and_keeps_the_job
 def test_a_server_that_is_away_stalls_the_engine_which_is_not_taken_for_hung(
     client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer
 ) -> None:
+    """Faults 4 and 12."""
     start(fleet, "", "worker.hang_s=0.5", "worker.hang_sweeps=2.0")
     jobs = submit_and_wait(client)
 

@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 MODEL = "tiny"
 pytestmark = pytest.mark.timeout(300)  # several engines are opened
 FAILPOINTS = "sweep=slow@1+"
-OPTIONS = {"max_tokens": 300, "temperature": 0.8, "seed": 11}
+OPTIONS: dict[str, object] = {"max_tokens": 200, "temperature": 0.8, "seed": 11}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import fakeredis
-import pytest
 import redis
 
 from lamella.keys import WORKER_TTL_S, Keys

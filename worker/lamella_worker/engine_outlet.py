@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.25
 POLL_S = 0.5
 FAILED_SWEEPS = 3  # in a row; then the engine is opened anew
+_SHARD_WORD = "ShardError"
 _DEVICE_WORDS = ("CUDA error", "HIP error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "cudaError", "device-side assert")
 _PASSING_WORDS = ("out of memory", "ALLOC_FAILED")  # of the device too, but they leave it usable
 
@@ -76,8 +77,9 @@ class EngineOutlet:
                 if self._stop.is_set():
                     return
                 if batch.events and self._wait_for_room():
-                    self._send(Sweep(self._model, batch.events, self.engine.counters(), batch.sweep_seconds))
+                    # First, so that no job comes back to an engine that is about to end.
                     self._judge(batch)
+                    self._send(Sweep(self._model, batch.events, self.engine.counters(), batch.sweep_seconds))
         except EngineError as error:
             self._broken(str(error))
         except Exception as error:
@@ -107,5 +109,7 @@ class EngineOutlet:
         is_lost = any(word in failed[0] for word in _DEVICE_WORDS) and not any(w in failed[0] for w in _PASSING_WORDS)
         if is_lost:
             self._broken(f"the device failed and is lost to this process: {failed[0]}")
+        elif _SHARD_WORD in failed[0]:
+            self._broken(f"a shard is not to be trusted any more, opening checks them all: {failed[0]}")
         elif self._failed_sweeps >= FAILED_SWEEPS:
             self._broken(f"{self._failed_sweeps} sweeps in a row failed, the last one so: {failed[0]}")
