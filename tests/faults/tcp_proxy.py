@@ -143,7 +143,8 @@ class TcpProxy:
             while chunk := await source.read(CHUNK_BYTES):
                 await self._gate.wait()
                 if self._delay_s:
-                    await asyncio.sleep(self._delay_s)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._gone.wait(), self._delay_s)
                 if link.is_stranded:
                     await self._gone.wait()
                 if is_question and self._sign is not None and self._sign in chunk:

@@ -147,6 +147,7 @@ def test_a_job_of_an_unknown_version_is_left_for_a_newer_worker(
 ) -> None:
     """Fault 23: parked without an attempt and without a place among the running; others pass it."""
     job = CALM[0].submit(near)
+    version = admin.hget(KEYS.job(job.id), "v")
     admin.hset(KEYS.job(job.id), "v", 99)
     fleet.start("w1", slots=1)
 
@@ -156,6 +157,6 @@ def test_a_job_of_an_unknown_version_is_left_for_a_newer_worker(
     assert admin.hget(KEYS.job(job.id), "state") == "queued"
     assert fleet.processes["w1"].poll() is None
 
-    admin.hset(KEYS.job(job.id), mapping={"v": 1, "nudged_at": 1})  # as if a worker that knows it looked after it
+    admin.hset(KEYS.job(job.id), mapping={"v": version, "nudged_at": 1})  # as if a worker that knows it looked after it
 
     assert_as_if_nothing_was(job, CALM[0], attempts=1)
