@@ -8,6 +8,6 @@ In the order data flows through them:
 - `stage`: one measurement in one process, under a deadline, its results on disk as they come.
 - `token_clock`, `peers`: AirLLM, accelerate and transformers. `lamella_run`: Lamella.
 - `machine`, `report`: where it ran, and what follows from the figures.
-- `soak`, with `soak_plan`, `soak_fleet`, `soak_client` and `soak_report`: many jobs over many kills, and what came of them.
+- `soak`, with `soak_plan`, `soak_fleet`, `soak_client`, `soak_report`: many jobs over many kills, judged.
 - `sweep`: the command that does all of it. `plot`: the picture, from the JSON alone.
 """
