@@ -46,7 +46,14 @@ def test_worker_config_starts_with_what_it_is_for(path: Path) -> None:
 def test_every_kind_of_host_has_its_config() -> None:
     names = {path.name for path in CONFIGS.iterdir()}
 
-    assert {"local-cpu.toml", "small-gpu.toml", "pascal.toml", "four-gpu-host.toml", "container.toml"} <= names
+    assert {
+        "local-cpu.toml",
+        "small-gpu.toml",
+        "pascal.toml",
+        "four-gpu-host.toml",
+        "container.toml",
+        "many-models.toml",
+    } <= names
 
 
 def test_no_file_in_configs_is_left_unchecked() -> None:
@@ -63,7 +70,13 @@ def test_reference_config_shows_every_setting() -> None:
 
     # A name must differ between workers, so a file that several may share cannot show one. What is off unless it is
     # set can be shown as a comment only.
-    off = {"telemetry.metrics_port", "telemetry.traces", "security.encryption_keys_file"}
+    off = {
+        "worker.models",
+        "worker.shares",
+        "telemetry.metrics_port",
+        "telemetry.traces",
+        "security.encryption_keys_file",
+    }
     assert keys == set(known_keys()) - {"worker.name"} - off
     assert all(f"\n# {key.partition('.')[2]} = " in (CONFIGS / "local-cpu.toml").read_text() for key in off)
 
