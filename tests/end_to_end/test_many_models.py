@@ -151,8 +151,8 @@ def test_models_change_while_jobs_run_and_these_go_on_with_their_attempts_unchan
     start: Starter, checkpoints: dict[str, Path]
 ) -> None:
     worker = start("many-changing", A, prefix="changing:")
-    calm = worker.client.generate("The river", model=A, timeout_s=60, **LONG)
-    job = worker.client.submit("The river", model=A, **LONG)
+    calm = worker.client.generate("The river", model=A, timeout_s=60, **SHORTER)
+    job = worker.client.submit("The river", model=A, **SHORTER)
     waiting = worker.client.submit("Two", model=C, max_tokens=20, ignore_eos=True, require_worker=False)
     wait_until(lambda: job.status().events > 5)
 

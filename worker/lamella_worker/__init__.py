@@ -5,14 +5,14 @@ In the order a job flows through them:
 - `cli`, `config`, `worker_table`, `log_setup`, `device`: from a command line to settings and a pinned device, before
   torch is loaded.
 - `security_table`, `server_check`: which models may be served, and a server that will never let this worker in.
-- `process`, `serving`, `open_engine`, `local_host`, `worker_error`: one worker put together and taken apart, and what it
-  serves now.
+- `process`, `serving`, `open_engine`, `local_host`, `worker_error`: one worker put together and taken apart, and what
+  it serves now.
 - `child_host`, `child_engine`, `engine_totals`, `supervisor`, `turns_watch`, `sweep_watch`, `restart_rule`,
   `engine_process`: the engines in a process of their own.
 - `channel`, `engine_messages`: what the two say to each other; `engine_child`, `engine_server`, `engine_outlet`,
   `failpoints`: its side.
-- `app`, `transport`, `consumer`, `subscriptions`, `tasks`: Celery's settings, its broker connection, its way back, which
-  queues, and the one task, which carries a job id.
+- `app`, `transport`, `consumer`, `subscriptions`, `tasks`: Celery's settings, its broker connection, its way back,
+  which queues, and the one task, which carries a job id.
 - `session`, `model_slots`, `gate`, `sequence_request`, `engine_port`: claim, resume point, entry into the engine, way
   back.
 - `publisher`, `delivery`, `registry`: each sweep's tokens to Redis, under a fence, again until they are there.
