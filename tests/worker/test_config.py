@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,45 @@ def test_the_file_beats_the_callers_defaults(tmp_path: Path) -> None:
     config: WorkerConfig = load_config(path, {}, {}, defaults={"worker.model": "any"})
 
     assert config.worker.model == "from-file"
+
+
+def test_a_worker_is_given_one_model_or_several(tmp_path: Path) -> None:
+    path = tmp_path / "worker.toml"
+    path.write_text('[worker]\nmodels = ["a", "owner/b"]\nshares = { "a" = 2 }\n')
+
+    several = load_config(path, {}, {})
+
+    assert several.worker.served == ("a", "owner/b")
+    assert several.worker.shares == {"a": 2}
+    assert load_config(None, {"worker.model": "c"}, {}).worker.served == ("c",)
+
+
+def test_models_on_the_command_line_take_the_place_of_those_in_the_file(tmp_path: Path) -> None:
+    one, several = tmp_path / "one.toml", tmp_path / "several.toml"
+    one.write_text('[worker]\nmodel = "m"\n')
+    several.write_text('[worker]\nmodels = ["a", "b"]\n')
+
+    assert load_config(one, {"worker.models": ("x", "y")}, {}).worker.served == ("x", "y")
+    assert load_config(several, {"worker.model": "x"}, {}).worker.served == ("x",)
+    assert load_config(several, {}, {}, defaults={"worker.model": "any"}).worker.served == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ('model = "a"\nmodels = ["b"]', "model and models are both set"),
+        ('models = ["a", "a"]', "a is named more than once"),
+        ('models = ["a", "../b"]', "is not a model name"),
+        ("models = []", "worker.model is not set"),
+        ('models = "a"', "worker.models"),
+        ('models = ["a", "b"]\nshares = { "c" = 2.0 }', "shares names c, which this worker does not serve"),
+        ('models = ["a", "b"]\nshares = { "a" = 0.0 }', "the share of 'a' is 0; use 0.01 to 100"),
+        ('models = ["a", "b"]\nshares = { "a" = true }', "worker.shares"),
+    ],
+)
+def test_models_that_cannot_be_served_together_are_named(tmp_path: Path, settings: str, expected: str) -> None:
+    path = tmp_path / "worker.toml"
+    path.write_text(f"[worker]\n{settings}\n")
+
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load_config(path, {}, {})

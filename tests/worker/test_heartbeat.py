@@ -203,3 +203,21 @@ def test_a_draining_worker_offers_no_slots(fake_redis: redis.Redis, keys: Keys) 
         Heartbeat(fake_redis, keys, name, lambda draining=draining: worker_info(slots=8, draining=draining)).beat()
 
     assert fake_redis.get(keys.capacity("m")) == "8"
+
+
+def test_every_model_is_told_with_its_own_jobs_and_slots() -> None:
+    table = JobTable()
+    told = facts(table, None, "a", "owner/b")
+
+    with table.listed(RunningJob("x", 1, 1, 1, model="owner/b")):
+        info = told.info(is_draining=False)
+
+    assert [(model.name, model.slots, model.running) for model in info.served] == [("a", 8, 0), ("owner/b", 8, 1)]
+    assert (info.model.name, info.slots, info.running) == ("a", 16, 1)
+    assert WorkerInfo.model_validate_json(info.model_dump_json(), strict=True) == info
+
+
+def test_a_heartbeat_of_an_earlier_version_serves_its_one_model() -> None:
+    info = worker_info(slots=3, running=2)
+
+    assert [(model.name, model.slots, model.running) for model in info.served] == [("m", 3, 2)]
