@@ -132,7 +132,9 @@ def test_an_engine_that_failed_for_good_tells_its_own_callers_only(group: Engine
 def test_a_closed_group_has_no_thread_left_and_takes_nothing(
     models: dict[str, ShardedModel], options: EngineOptions
 ) -> None:
+    before = set(threading.enumerate())
     group = EngineGroup.open(models, CPU, options)
+    started = set(threading.enumerate()) - before
     submit_ids(group.engines["llama"], "live", [5], LONG)
 
     group.close()
@@ -140,6 +142,8 @@ def test_a_closed_group_has_no_thread_left_and_takes_nothing(
 
     with pytest.raises(EngineClosed):
         submit_ids(group.engines["llama"], "late", [5], LONG)
+    assert group.engines["llama"].counters().sweeps >= 0, "its totals can still be asked for"
+    assert not any(thread.name == "lamella-sweep" and thread in started for thread in threading.enumerate())
 
 
 def test_models_that_do_not_fit_together_are_refused_and_nothing_stays_open(
