@@ -12,6 +12,8 @@ Files in the order in which a request flows through them:
 - `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections
 - `wire`, `response_format`, `chat`, `embedding`, `messages`, `records`: what is sent and comes back, as types
 - `call_scanner`, `call_section`, `tool_calls`: calls of tools in an answer; `completion`: a finished job's text
+- `map_prompts`, `map_run`, `map_flight`: many jobs at once, results in order; `map_sync`, `map_async`, `map_away`: how
+  they are carried to the server; `map_meter`, `map_bar`: how far they are
 - `secret_sources`, `key_ring`, `job_seal`, `keep_time`, `acl`: passwords, encrypted jobs, what is kept, who may do what
 - `errors`: everything that is raised
 - `embedded`, `child_process`, `service_state`: a private server for `lamella up`
@@ -48,6 +50,7 @@ from lamella.errors import (
 )
 from lamella.job import Job
 from lamella.limits import Limits, UserLimits
+from lamella.map_meter import MapProgress
 from lamella.messages import (
     Cancelled,
     ChatMessage,
@@ -95,6 +98,7 @@ __all__ = [
     "JobStatus",
     "LamellaError",
     "Limits",
+    "MapProgress",
     "ModelInfo",
     "NoWorkerError",
     "Priority",

@@ -6,10 +6,11 @@ Owns the public calls; what they exchange with the server is in `operations`, ho
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Unpack
+from typing import Any, Literal, Unpack, overload
 
 from lamella import limits as limit_operations
 from lamella import operations
@@ -17,9 +18,15 @@ from lamella.completion import Completion
 from lamella.connection import Connection, Privacy, check_seconds
 from lamella.embed_draft import EmbedOptions, draft_embed
 from lamella.embedding import Embeddings
+from lamella.errors import LamellaError
 from lamella.job import Job
 from lamella.keys import DEFAULT_PREFIX
 from lamella.limits import LimitChanges, Limits, UserLimitChanges, UserLimits
+from lamella.map_bar import shown_progress
+from lamella.map_meter import MapMeter
+from lamella.map_prompts import MapOptions, MapPrompt, PromptMap, prompt_map
+from lamella.map_run import MapRun
+from lamella.map_sync import drive
 from lamella.messages import JobStatus, ModelInfo, WorkerInfo
 from lamella.registry_calls import CancelStatus
 from lamella.request_draft import SubmitOptions, draft_request
@@ -131,6 +138,44 @@ class Client:
         check_seconds("timeout_s", timeout_s)
         job = self.submit_embed(model, texts, **options)
         return job.embeddings(timeout_s)
+
+    @overload
+    def map(
+        self, prompts: Iterable[MapPrompt], *, errors: Literal["raise"] = "raise", **options: Unpack[MapOptions]
+    ) -> Generator[Completion, None, None]: ...
+
+    @overload
+    def map(
+        self, prompts: Iterable[MapPrompt], *, errors: Literal["return"], **options: Unpack[MapOptions]
+    ) -> Generator[Completion | LamellaError, None, None]: ...
+
+    def map(
+        self, prompts: Iterable[MapPrompt], *, errors: str = "raise", **options: Unpack[MapOptions]
+    ) -> Generator[Any, None, None]:
+        """Run a job for every prompt, a bounded number at a time, and yield their completions in order.
+
+        A prompt is text, a chat (list of messages) or a mapping of submit arguments; options hold for all, see
+        `MapOptions`. With an idempotency key a repeated map returns the first one's jobs. Closing the generator cancels
+        what is under way.
+
+        Raises:
+            RequestError: a setting is unusable, or (with ``errors="raise"``) a prompt.
+            JobError: a job did not end in Done, the rest is cancelled; with ``errors="return"`` it is yielded instead.
+            WaitTimeout: no job has brought anything for ``timeout_s``.
+        """
+        return self._map(prompt_map(prompts, errors, options, self._heal_s))
+
+    def _map(self, given: PromptMap) -> Generator[Completion | LamellaError, None, None]:
+        run = MapRun(given.tasks, self._connection.keys, self._connection.ring, given.bounds)
+        meter = MapMeter(given.total)
+        with (
+            shown_progress(given.progress) as show,
+            closing(drive(self._connection, run, lambda: show(meter.read(run.counts)))) as results,
+        ):
+            for result in results:
+                if given.raises and isinstance(result.outcome, LamellaError):
+                    raise result.outcome
+                yield result.outcome
 
     def job(self, job_id: str) -> Job:
         """Return a handle on a job by its id; nothing is asked of the server."""

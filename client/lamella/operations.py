@@ -65,7 +65,7 @@ def submit(keys: Keys, draft: RequestDraft | EmbedDraft, ring: KeyRing | None = 
         prior = yield commands(("HMGET", keys.idempotency(idempotency.key), "job", "hash"))
         if job_id := _prior_job(answers(prior)[0], idempotency.key, hashes):
             return job_id
-    model = yield from _choose_model(keys, draft)
+    model = yield from choose_model(keys, draft)
     if ring is not None and draft.require_worker:
         yield from _check_key(keys, ring.key_id, model)
     return (yield from _send(keys, draft.request(model), draft.terms, idempotency, ring))
@@ -121,7 +121,8 @@ def _check_key(keys: Keys, key_id: str, model: str) -> Operation[None]:
         )
 
 
-def _choose_model(keys: Keys, draft: RequestDraft | EmbedDraft) -> Operation[str]:
+def choose_model(keys: Keys, draft: RequestDraft | EmbedDraft) -> Operation[str]:
+    """Return the model of a draft: the one it names, else the only one that is served; raises as `submit` does."""
     if draft.model is not None and not draft.require_worker:
         return draft.model
     served = tuple(model.name for model in (yield from models(keys)))
