@@ -14,6 +14,8 @@ Files in the order in which a request flows through them:
 - `call_scanner`, `call_section`, `tool_calls`: calls of tools in an answer; `completion`: a finished job's text
 - `map_prompts`, `map_run`, `map_flight`: many jobs at once, results in order; `map_sync`, `map_async`, `map_away`: how
   they are carried to the server; `map_meter`, `map_bar`: how far they are
+- `batch_lines`, `batch_body`, `batch_tasks`, `batch_order`: lines of a file as jobs; `batch_results`, `batch_files`:
+  what is written, and where to go on; `batch_run`: all of it over a client
 - `secret_sources`, `key_ring`, `job_seal`, `keep_time`, `acl`: passwords, encrypted jobs, what is kept, who may do what
 - `errors`: everything that is raised
 - `embedded`, `child_process`, `service_state`: a private server for `lamella up`

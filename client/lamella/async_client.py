@@ -70,6 +70,11 @@ class AsyncClient:
         """Close the connections; harmless when repeated. Jobs go on."""
         await self._connection.close()
 
+    @property
+    def connection(self) -> AsyncConnection:
+        """What the client sends through; for parts of this package that do so by themselves, such as `batch_run`."""
+        return self._connection
+
     async def submit(self, prompt: str | None = None, **options: Unpack[SubmitOptions]) -> AsyncJob:
         """Queue a generation job for a prompt (raw text) or ``messages=`` (a chat), and return its handle.
 

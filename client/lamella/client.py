@@ -74,6 +74,11 @@ class Client:
         """Close the connections; harmless when repeated. Jobs go on."""
         self._connection.close()
 
+    @property
+    def connection(self) -> Connection:
+        """What the client sends through; for parts of this package that do so by themselves, such as `batch_run`."""
+        return self._connection
+
     def submit(self, prompt: str | None = None, **options: Unpack[SubmitOptions]) -> Job:
         """Queue a generation job for a prompt (raw text) or ``messages=`` (a chat), and return its handle.
 

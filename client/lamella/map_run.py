@@ -31,6 +31,7 @@ MOST_IN_FLIGHT = 1000
 FEWEST_IN_FLIGHT = 2  # while no worker tells its slots
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.04, 0.4
 LONGEST_RETRY_S = 2.0  # until a full queue is tried again
+PARKED_S = 1.0  # between two tries of a model that nobody serves
 ATTEMPTS = 50  # jobs tried for one task: each leftover of an interrupted run takes one
 
 
@@ -87,6 +88,8 @@ class MapRun:
         self._keys = keys
         self._ring = ring
         self._waiting: list[tuple[Task, int]] = []  # to be sent next, with the attempt
+        self._parked: list[tuple[Task, int]] = []  # nobody serves their model; tried again now and then
+        self._parked_until = 0.0
         self._sent: dict[int, tuple[Task, int]] = {}
         self._flights: dict[int, Flight] = {}
         self._results: dict[int, Outcome] = {}
@@ -170,29 +173,37 @@ class MapRun:
 
     def _send(self) -> Operation[None]:
         most = self._most_in_flight()
+        if self._parked and time.monotonic() >= self._parked_until:
+            self._waiting, self._parked = [*self._waiting, *self._parked], []
+            self._parked_until = time.monotonic() + PARKED_S
         for _ in range(SENT_AT_ONCE):
             if len(self._flights) >= most or time.monotonic() < self._not_before:
                 return
             if not self._waiting and not self._take(most):
                 return
-            task, attempt = self._waiting[0]
-            try:
-                job_id = yield from self._submit(task.draft(attempt))
-            except QueueFull as error:
-                self._not_before = time.monotonic() + min(max(error.retry_after_s, 0.5), LONGEST_RETRY_S)
-                return
-            except NoWorkerError as error:
-                if self._is_waited_for(error.model):
-                    return
-                self._end(task.place, error)
-            except ServerError:
-                raise  # nobody knows whether it was sent; the next round sends it again under the same key
-            except LamellaError as error:
-                self._end(task.place, error)
+            yield from self._send_next()
+
+    def _send_next(self) -> Operation[None]:
+        """Send the first job that waits; what the server does not answer leaves it waiting, under the same key."""
+        task, attempt = self._waiting[0]
+        try:
+            job_id = yield from self._submit(task.draft(attempt))
+        except QueueFull as error:
+            self._not_before = time.monotonic() + min(max(error.retry_after_s, 0.5), LONGEST_RETRY_S)
+            return
+        except NoWorkerError as error:
+            if self._is_waited_for(error.model):
+                self._parked.append((task, attempt))
             else:
-                self._flights[task.place] = Flight(task.place, job_id, self._ring)
-                self._sent[task.place] = (task, attempt)
-            self._waiting.pop(0)
+                self._end(task.place, error)
+        except ServerError:
+            raise
+        except LamellaError as error:
+            self._end(task.place, error)
+        else:
+            self._flights[task.place] = Flight(task.place, job_id, self._ring)
+            self._sent[task.place] = (task, attempt)
+        self._waiting.pop(0)
 
     def _take(self, most: int) -> bool:
         ahead = self.bounds.ahead or 4 * most
@@ -223,7 +234,6 @@ class MapRun:
         since = self._missing_since.setdefault(model, time.monotonic())
         if time.monotonic() - since >= self.bounds.grace_s:
             return False
-        self._not_before = time.monotonic() + 0.5
         self._heard_at = time.monotonic()
         return True
 

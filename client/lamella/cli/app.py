@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lamella import __version__
-from lamella.cli import access, chat, doctor, jobs, limits, plugins, up
+from lamella.cli import access, batch, chat, doctor, jobs, limits, plugins, up
 from lamella.errors import ConfigError, DeadlineHopeless, IdempotencyConflict, LamellaError, NoWorkerError, RequestError
 
 EXIT_FAILED = 1
@@ -66,6 +66,7 @@ def _root(
 
 app.command("up")(up.up)
 app.command("chat")(chat.chat)
+app.add_typer(batch.batch, name="batch")
 app.command("submit")(jobs.submit)
 app.command("stream")(jobs.stream)
 app.command("status")(jobs.status)

@@ -1,22 +1,25 @@
-"""`lamella chat`: one answer, or a conversation; brings its own service when none is running."""
+"""`lamella chat`: one answer, or a dialogue; brings its own service when none is running."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from lamella.cli import options
+from lamella.cli.conversation import LAST, Conversation, chat_path
+from lamella.cli.dialogue import Dialogue
 from lamella.cli.follow import echo_figures, follow
 from lamella.cli.jobs import read_prompt
+from lamella.cli.output import echo_json
 from lamella.cli.temporary_service import temporary_service
 from lamella.client import Client
-from lamella.errors import JobCancelled, JobError, RequestError, ServerError
-from lamella.messages import ChatMessage, check_model_name
+from lamella.errors import JobCancelled, RequestError, ServerError
+from lamella.job import Job
+from lamella.messages import check_model_name
 from lamella.request_draft import SubmitOptions
 from lamella.server_url import DEFAULT_URL, is_named
 from lamella.stream_clock import DEFAULT_WAIT_S
@@ -30,11 +33,16 @@ def chat(  # noqa: PLR0913  one argument for each option
     ] = None,
     model: options.Model = None,
     system: Annotated[str | None, typer.Option("--system", help="Instructions that precede the conversation.")] = None,
+    goes_on: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last dialogue.")] = False,
+    keeps: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep dialogue and input on disk, readable by you only.")
+    ] = True,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     seed: options.Seed = None,
     stats: options.WithStats = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one answer as JSON, when it is whole.")] = False,
     timeout_s: options.TimeoutS = DEFAULT_WAIT_S,
     device: Annotated[
         str, typer.Option("--device", help="Where a worker started here runs: cpu, cuda:N, auto.")
@@ -45,64 +53,54 @@ def chat(  # noqa: PLR0913  one argument for each option
 ) -> None:
     """Chat with a model on the terminal; without a running service, one is started for the length of the chat.
 
-    Ctrl-C cancels the answer. Without a prompt, and on a terminal, a dialogue goes on until Ctrl-D.
+    Ctrl-C cancels the answer. Without a prompt, and on a terminal, a dialogue goes on until Ctrl-D; /help lists its
+    commands.
     """
     is_dialogue = prompt is None and sys.stdin.isatty()
     text = "" if is_dialogue else read_prompt(prompt)
     if not is_dialogue and not text:
         raise RequestError("the prompt is empty; give at least one character")
+    if is_dialogue and as_json:
+        raise RequestError("--json is for one answer; give a prompt, or pass it through a pipe")
     request = options.sampling_options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with _service(redis_url, prefix, model, device=device, store=store) as (client, served_model):
-        request["model"] = served_model
-        conversation = _Conversation(client, request, system, timeout_s, stats)
-        if is_dialogue:
-            conversation.dialogue()
-        else:
-            conversation.answer(text)
+    conversation = Conversation.load(chat_path(LAST)) if goes_on else Conversation()
+    conversation.system = system or conversation.system
+    asked_model = model or conversation.model
+    with _service(redis_url, prefix, asked_model, device=device, store=store) as (client, served_model):
+        conversation.model = served_model
+        if not is_dialogue:
+            request["messages"] = conversation.asking(text)
+            request["model"] = served_model
+            _answer(client, request, timeout_s, stats=stats, as_json=as_json)
+            return
+        dialogue = Dialogue(client, conversation, request, timeout_s, stats=stats, keeps=keeps)
+        dialogue.show_last()
+        dialogue.run()
 
 
-class _Conversation:
-    """The turns so far, and how the next one is asked."""
+def _answer(client: Client, request: SubmitOptions, timeout_s: float, *, stats: bool, as_json: bool) -> None:
+    """Ask once, and write the answer as it comes, or as JSON when it is whole."""
+    job = client.submit(**request)
+    if as_json:
+        echo_json(_whole_answer(job, timeout_s))
+        return
+    done = follow(job, after=0, timeout_s=timeout_s, cancel_on_interrupt=True).done
+    if stats and done is not None:
+        echo_figures(client, job, done)
 
-    def __init__(
-        self, client: Client, request: SubmitOptions, system: str | None, timeout_s: float, with_stats: bool
-    ) -> None:
-        self._client = client
-        self._request = request
-        self._timeout_s = timeout_s
-        self._with_stats = with_stats
-        self._turns = [ChatMessage(role="system", content=system)] if system else []
 
-    def answer(self, text: str) -> None:
-        """Ask, and write the answer as it comes; a turn without an answer is forgotten."""
-        asked = [*self._turns, ChatMessage(role="user", content=text)]
-        request = self._request.copy()
-        request["messages"] = asked
-        job = self._client.submit(**request)
-        answer, done = follow(job, after=0, timeout_s=self._timeout_s, cancel_on_interrupt=True)
-        self._turns = [*asked, ChatMessage(role="assistant", content=answer)]
-        if self._with_stats and done is not None:
-            echo_figures(self._client, job, done)
-
-    def dialogue(self) -> None:
-        """Answer line after line until the end of input."""
-        with suppress(ImportError):
-            importlib.import_module("readline")  # gives `input` its line editing
-        typer.echo("Ctrl-C cancels an answer, Ctrl-D ends the chat.", err=True)
-        while True:
-            try:
-                line = input("> ")
-            except (EOFError, KeyboardInterrupt):
-                typer.echo("", err=True)
-                return
-            if not line.strip():
-                continue
-            try:
-                self.answer(line)
-            except JobCancelled:
-                typer.echo("(cancelled)", err=True)
-            except JobError as error:
-                typer.echo(f"error: {error}", err=True)
+def _whole_answer(job: Job, timeout_s: float) -> dict[str, object]:
+    try:
+        completion = job.result(timeout_s)
+    except KeyboardInterrupt:
+        job.cancel()
+        raise JobCancelled(job.id) from None
+    return {
+        "job_id": job.id,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "usage": completion.usage.model_dump(mode="json"),
+    }
 
 
 @contextmanager

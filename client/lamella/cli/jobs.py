@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from lamella.cli import options
-from lamella.cli.follow import echo_figures, follow
+from lamella.cli.complete import complete_job
+from lamella.cli.follow import echo_events, echo_figures, follow
 from lamella.cli.output import age, ahead, echo_columns, echo_json, figures, size
 from lamella.errors import RequestError
 from lamella.keys import JOBS_LISTED
@@ -17,7 +18,7 @@ from lamella.messages import Done, Failed, JobState, JobStatus, Priority, Worker
 from lamella.registry_calls import CancelStatus
 from lamella.stream_clock import DEFAULT_WAIT_S
 
-JobId = Annotated[str, typer.Argument(help="The job's id, as `lamella submit` prints it.")]
+JobId = Annotated[str, typer.Argument(help="The job's id, as `lamella submit` prints it.", autocompletion=complete_job)]
 
 
 def submit(  # noqa: PLR0913  one argument for each option
@@ -91,13 +92,17 @@ def stream(
     after: Annotated[int, typer.Option("--after", help="Number of the last event already seen.")] = 0,
     timeout_s: options.TimeoutS = DEFAULT_WAIT_S,
     stats: options.WithStats = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
     redis_url: options.RedisUrl = None,
     prefix: options.Prefix = options.DEFAULT,
 ) -> None:
     """Follow a job's text, from its beginning or from an event on; Ctrl-C stops following, not the job."""
     with options.open_client(redis_url, prefix) as client:
         job = client.job(job_id)
-        _, done = follow(job, after=after, timeout_s=timeout_s, cancel_on_interrupt=False)
+        if as_json:
+            echo_events(job, after=after, timeout_s=timeout_s)
+            return
+        done = follow(job, after=after, timeout_s=timeout_s, cancel_on_interrupt=False).done
         if stats and done is not None:
             echo_figures(client, job, done)
 
@@ -118,10 +123,18 @@ def status(
         typer.echo(f"{name:<10} {value}")
 
 
-def cancel(job_id: JobId, redis_url: options.RedisUrl = None, prefix: options.Prefix = options.DEFAULT) -> None:
+def cancel(
+    job_id: JobId,
+    as_json: options.AsJson = False,
+    redis_url: options.RedisUrl = None,
+    prefix: options.Prefix = options.DEFAULT,
+) -> None:
     """Cancel a job: at once if it waits, at its next sweep if it runs."""
     with options.open_client(redis_url, prefix) as client:
         outcome = client.cancel(job_id)
+    if as_json:
+        echo_json({"job_id": job_id, "status": outcome.value})
+        return
     match outcome:
         case CancelStatus.REQUESTED:
             typer.echo("requested; the worker cancels it at its next sweep")

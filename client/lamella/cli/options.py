@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lamella.cli.complete import complete_model
 from lamella.client import Client
 from lamella.errors import ConfigError
 from lamella.keys import DEFAULT_PREFIX
@@ -37,7 +38,12 @@ Store = Annotated[
     str | None,
     typer.Option("--store", help="Directory of the shard cache. Default: LAMELLA_STORE, else ~/.cache/lamella/shards."),
 ]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Model name. Default: the only one that is served.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Model name. Default: the only one that is served.", autocompletion=complete_model
+    ),
+]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Tokens to generate at most (256).")]
 Temperature = Annotated[float | None, typer.Option("--temperature", help="0 (default) is greedy.")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Draw from the k most likely tokens.")]
