@@ -99,6 +99,10 @@ class Keys:
         """String with the slots of all of the model's workers."""
         return f"{self.prefix}capacity:{model}"
 
+    def queue(self, model: str) -> str:
+        """Hash of the model's queue: its virtual times and counters."""
+        return f"{self.prefix}queue:{model}"
+
     def flight(self, model: str) -> str:
         """Sorted set of the model's jobs that were sent to Celery and have not ended."""
         return f"{self.prefix}flight:{model}"

@@ -337,7 +337,8 @@ class WorkerInfo(Wire):
     `last_sweep_at` is None until the first job; while jobs run it is not before the first of them came, so a worker
     with running jobs and an old `last_sweep_at` is stuck. `engine_process` is None where the engine has no process of
     its own; `key_ids` names the worker's encryption keys. `model` is the first of `models`; slots, jobs and counters
-    are of all of them together. A worker of an earlier version tells `model` alone, so read `served`.
+    are of all of them together. A worker of an earlier version tells `model` alone, so read `served`. `tier_bytes` are
+    the weight bytes that sweeps used, by where they waited: disk, RAM, VRAM; None where a worker does not tell.
     """
 
     name: str
@@ -359,6 +360,7 @@ class WorkerInfo(Wire):
     engine_process: EngineProcessInfo | None = None
     metrics_address: str | None = None
     key_ids: tuple[str, ...] = ()
+    tier_bytes: tuple[int, int, int] | None = None
     models: tuple[ModelInfo, ...] = ()
 
     @property

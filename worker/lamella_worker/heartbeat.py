@@ -91,6 +91,7 @@ class WorkerFacts:
             peak_rss_bytes=counters.peak_rss_bytes,
             engine_process=None if state is None else _process_info(state),
             metrics_address=self.metrics_address,
+            tier_bytes=(counters.disk_bytes, counters.ram_bytes, counters.vram_bytes),
         )
 
     def _model(self, name: str) -> ModelInfo:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lamella import __version__
-from lamella.cli import access, batch, chat, doctor, jobs, limits, plugins, up
+from lamella.cli import access, batch, chat, doctor, jobs, limits, plugins, top, up
 from lamella.errors import ConfigError, DeadlineHopeless, IdempotencyConflict, LamellaError, NoWorkerError, RequestError
 
 EXIT_FAILED = 1
@@ -74,6 +74,7 @@ app.command("cancel")(jobs.cancel)
 app.add_typer(jobs.jobs, name="jobs")
 app.command("limits")(limits.limits)
 app.command("workers")(jobs.workers)
+app.command("top")(top.top)
 app.command("doctor")(doctor.doctor)
 app.command("acl")(access.acl)
 app.command("key")(access.key)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from lamella.cli import options
 from lamella.cli.check_gpu import check_gpus
 from lamella.cli.check_host import check_disk, check_memory, default_store
 from lamella.cli.check_server import check_server
 from lamella.cli.finding import Finding, Level
+from lamella.cli.output import echo_json
 
 MIB = 1024 * 1024
 
@@ -20,22 +24,34 @@ def doctor(
     redis_url: options.RedisUrl = None,
     prefix: options.Prefix = options.DEFAULT,
     store: options.Store = None,
+    as_json: options.AsJson = False,
     disk_mib: Annotated[int, typer.Option("--disk-mib", min=4, max=16384, help="Size of the disk test's file.")] = 256,
 ) -> None:
     """Check the server, the disk, memory, GPUs and torch; exit code 1 if something is broken."""
     place = Path(store).expanduser() if store else default_store()
-    is_broken = False
-    for findings in (
-        check_server(redis_url, prefix),
-        check_disk(place, disk_mib * MIB),
-        check_memory(),
-        check_gpus(),
-    ):
-        for finding in findings:
+    checks: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
+        ("server", lambda: check_server(redis_url, prefix)),
+        ("disk", lambda: check_disk(place, disk_mib * MIB)),
+        ("memory", check_memory),
+        ("GPUs and torch", check_gpus),
+    )
+    found: list[Finding] = []
+    for name, check in checks:
+        with _working(f"looking at the {name} ..."):
+            findings = check()
+        found += findings
+        for finding in [] if as_json else findings:
             _echo(finding)
-            is_broken = is_broken or finding.level is Level.BROKEN
-    if is_broken:
+    if as_json:
+        echo_json([{"level": each.level.value.lower(), "what": each.what, "fix": each.fix or None} for each in found])
+    if any(finding.level is Level.BROKEN for finding in found):
         raise typer.Exit(1)
+
+
+def _working(what: str) -> AbstractContextManager[object]:
+    """Show on a terminal that a check goes on."""
+    console = Console(stderr=True)
+    return console.status(what) if console.is_terminal else nullcontext()
 
 
 def _echo(finding: Finding) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import typer
 from pydantic import BaseModel
@@ -13,14 +13,14 @@ from pydantic import BaseModel
 from lamella.messages import Usage, WorkerInfo
 
 
-def echo_json(value: BaseModel | Sequence[BaseModel] | dict[str, object]) -> None:
-    """Print a message, or a list of them, as JSON."""
+def echo_json(value: BaseModel | Sequence[BaseModel | Mapping[str, object]] | dict[str, object]) -> None:
+    """Print a message or a mapping, or a list of them, as JSON."""
     if isinstance(value, BaseModel):
         plain: object = value.model_dump(mode="json")
     elif isinstance(value, dict):
         plain = value
     else:
-        plain = [item.model_dump(mode="json") for item in value]
+        plain = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
     typer.echo(json.dumps(plain, indent=2))
 
 
