@@ -19,6 +19,7 @@ _HELP = {
     "serve": "Serve the OpenAI API over HTTP in front of the queue.",
     "keys": "Make, list and revoke API keys of the HTTP gateway, and tell what they used.",
     "metrics": "Serve the metrics of all workers together, for Prometheus.",
+    "quality": "Measure what packing a model costs: perplexity, divergence and agreement.",
     "bench": "Measure how fast a model runs here, beside the limit of this machine.",
     "plan": "Show where a model's layers would live within given budgets, and how fast it would run.",
 }

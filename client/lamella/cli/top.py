@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import termios
@@ -25,6 +26,7 @@ from lamella.server_url import public_url, resolve_url
 
 KEYS = "q quits, space looks again"
 ASK_S = 3.0  # deadline of one question
+_SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?]*[@-~]|O.|.)?", re.DOTALL)  # of a key such as an arrow
 RATE_S = 2.5  # above the time between two heartbeats, so that rates can be told
 
 
@@ -120,8 +122,11 @@ def _is_quit(keyboard: int | None, wait_s: float) -> bool:
         if not ready:
             return False
         pressed = os.read(keyboard, 32)
-        if not pressed or pressed[:1] in (b"q", b"Q", b"\x04"):
+        if not pressed:
             return True
-        if pressed[:1] == b" ":
+        typed = _SEQUENCE.sub(b"", pressed)
+        if any(key in typed for key in b"qQ\x04"):
+            return True
+        if b" " in typed:
             return False
     return False

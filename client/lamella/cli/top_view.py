@@ -66,9 +66,9 @@ def _workers(frame: Frame) -> Table:
     )
     for worker in frame.workers:
         table.add_row(
-            printable(worker.name),
-            printable(worker.device),
-            printable(", ".join(worker.models)),
+            _text(worker.name),
+            _text(worker.device),
+            _text(", ".join(worker.models)),
             _state(worker.state),
             f"{worker.running}/{worker.slots}",
             _figure(worker.tokens_per_s),
@@ -91,7 +91,7 @@ def _queues(frame: Frame) -> Table:
     )
     for queue in frame.queues:
         table.add_row(
-            printable(queue.model),
+            _text(queue.model),
             str(queue.workers),
             str(queue.waiting),
             f"{queue.in_flight}/{queue.slots}",
@@ -111,7 +111,7 @@ def _jobs(jobs: Sequence[JobRow]) -> Table:
         ("AGE", True, 0),
     )
     for job in jobs:
-        cells = (job.job_id, _state(job.state), printable(job.model), printable(job.user or NONE))
+        cells = (job.job_id, _state(job.state), _text(job.model), _text(job.user or NONE))
         table.add_row(*cells, str(job.events), duration(job.age_s))
     return _or_none(table, 6, "no job yet")
 
@@ -122,6 +122,11 @@ def _or_none(table: Table, columns: int, why: str) -> Table:
         for column in table.columns[1:]:
             column.ratio = None
     return table
+
+
+def _text(text: str) -> Text:
+    """Return a name as it is: neither the terminal nor the tables read anything into it."""
+    return Text(printable(text))
 
 
 def _state(state: str) -> Text:
