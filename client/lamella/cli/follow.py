@@ -38,7 +38,7 @@ def follow(job: Job, *, after: int, timeout_s: float, cancel_on_interrupt: bool)
     """
     view = _AnswerView(job)
     try:
-        view.wait()
+        view.begin()
         with closing(job.stream(after=after, timeout_s=timeout_s)) as items:
             for item in items:
                 view.show(item)
@@ -67,7 +67,7 @@ class _AnswerView:
         self._started = time.monotonic()
         self._first_at: float | None = None
 
-    def wait(self) -> None:
+    def begin(self) -> None:
         """Say that nothing came yet."""
         self._line.draw("waiting for the first token; Ctrl-C cancels", at_once=True)
 

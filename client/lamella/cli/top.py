@@ -24,7 +24,7 @@ from lamella.client import Client
 from lamella.errors import ServerError
 from lamella.server_url import public_url, resolve_url
 
-KEYS = "q quits, space looks again"
+KEYS = "q quits"
 ASK_S = 3.0  # deadline of one question
 _SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;?]*[@-~]|O.|.)?", re.DOTALL)  # of a key such as an arrow
 RATE_S = 2.5  # above the time between two heartbeats, so that rates can be told

@@ -112,7 +112,7 @@ class Watcher:
             server=self._server,
             workers=[self._worker_row(worker, now) for worker in workers],
             queues=[self._queue_row(name, queues[name], workers, oldest.get(name), now) for name in queues],
-            jobs=[_job_row(job, now) for job in jobs],
+            jobs=[_job_row(job, now) for job in sorted(jobs, key=_turn)],
         )
 
     def _note(self, worker: WorkerInfo) -> None:
@@ -185,6 +185,11 @@ def _state(worker: WorkerInfo, now: float) -> str:
     if worker.last_sweep_at is not None and now - worker.last_sweep_at > STUCK_S:
         return f"no sweep for {now - worker.last_sweep_at:.0f} s"
     return "busy"
+
+
+def _turn(job: JobStatus) -> int:
+    """Put what runs before what waits, and that before what has ended."""
+    return (JobState.RUNNING, JobState.QUEUED, job.state).index(job.state)
 
 
 def _job_row(job: JobStatus, now: float) -> JobRow:
