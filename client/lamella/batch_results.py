@@ -47,6 +47,7 @@ def answer_record(batch_id: str, line: BatchLine, model: str, completion: Comple
                 "model": model,
                 "job_id": completion.job_id,
                 "usage": usage,
+                **({"tool_calls": _message(completion)["tool_calls"]} if completion.tool_calls else {}),
                 **({} if completion.logprobs is None else {"logprobs": _chat_logprobs(completion.logprobs)}),
             }
         )
@@ -91,7 +92,7 @@ def _choice(url: BatchUrl, completion: Completion) -> dict[str, object]:
     if url is BatchUrl.CHAT:
         return {
             "index": 0,
-            "message": {"role": "assistant", "content": completion.text},
+            "message": _message(completion),
             "logprobs": None if logprobs is None else {"content": _chat_logprobs(logprobs)},
             "finish_reason": completion.finish_reason,
         }
@@ -101,6 +102,13 @@ def _choice(url: BatchUrl, completion: Completion) -> dict[str, object]:
         "logprobs": None if logprobs is None else _completion_logprobs(logprobs),
         "finish_reason": completion.finish_reason,
     }
+
+
+def _message(completion: Completion) -> dict[str, object]:
+    if not completion.tool_calls:
+        return {"role": "assistant", "content": completion.text}
+    calls = [call.model_dump(mode="json") for call in completion.tool_calls]
+    return {"role": "assistant", "content": completion.text or None, "tool_calls": calls}
 
 
 def _chat_logprobs(logprobs: tuple[TokenLogprob, ...]) -> list[dict[str, object]]:

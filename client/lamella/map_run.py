@@ -264,8 +264,8 @@ class MapRun:
 
 def _slots(workers: list[WorkerInfo], models: set[str]) -> int:
     """Count the slots of workers that serve one of the models; of all workers while no model is known."""
-    live = [worker for worker in workers if not worker.draining]
-    return sum(worker.slots for worker in live if not models or worker.model.name in models)
+    served = [model for worker in workers if not worker.draining for model in worker.served]
+    return sum(model.slots for model in served if not models or model.name in models)
 
 
 def check_in_flight(in_flight: object) -> int | None:

@@ -11,6 +11,7 @@ from lamella.batch_body import BodyDefaults, submit_arguments
 from lamella.batch_lines import MAX_LINE_BYTES, BatchError, BatchUrl, RawLine, parse_line, raw_lines
 from lamella.batch_results import answer_record, error_code, error_record, read_record_id
 from lamella.batch_tasks import BatchTasks
+from lamella.chat import FunctionCall, ToolCall
 from lamella.completion import Completion
 from lamella.errors import JobCancelled, JobFailed, JobNotFound, NoWorkerError
 from lamella.messages import TokenLogprob, Usage
@@ -172,6 +173,38 @@ def test_an_answer_looks_like_openais() -> None:
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["choices"][0]["logprobs"]["content"][0]["top_logprobs"][1]["token"] == "token_id:8"
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+
+
+def test_tools_and_formats_are_given_on() -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "when?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "noon", "tool_call_id": "c"},
+    ]
+    body = {"model": MODEL, "messages": messages, "tools": [tool], "tool_choice": "auto", "logit_bias": {"7": -100}}
+
+    _, with_tools = submit_arguments(BatchUrl.CHAT, body)
+    _, with_format = submit_arguments(BatchUrl.CHAT, {**CHAT, "response_format": {"type": "json_object"}})
+
+    assert with_tools["tools"] == [tool]
+    assert with_tools["logit_bias"] == {"7": -100}
+    assert with_format["response_format"] == {"type": "json_object"}
+
+
+def test_calls_of_tools_are_in_the_answer() -> None:
+    call = ToolCall(id="c", function=FunctionCall(name="now", arguments="{}"))
+    usage = Usage(prompt_tokens=3, completion_tokens=1)
+    completion = Completion("j", "", (7,), "tool_calls", usage, tool_calls=(call,))
+
+    chat = json.loads(answer_record("0" * 16, parse_line(RawLine(1, request())), MODEL, completion))
+    plain = json.loads(answer_record("0" * 16, parse_line(RawLine(1, b'{"prompt": "a"}')), MODEL, completion))
+
+    message = chat["response"]["body"]["choices"][0]["message"]
+    assert message["content"] is None
+    assert message["tool_calls"] == plain["tool_calls"]
+    assert message["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
 
 
 def test_a_record_tells_its_batch_and_line() -> None:

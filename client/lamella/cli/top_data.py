@@ -104,7 +104,7 @@ class Watcher:
         self._rates = {name: rates for name, rates in self._rates.items() if name in live}
         now = time.time()
         oldest = run(_oldest(keys))
-        models = {worker.model.name for worker in workers}
+        models = {model.name for worker in workers for model in worker.served}
         models |= {job.model for job in jobs if not job.state.is_final} | set(oldest)
         queues = run(_queues(keys, sorted(models)[:MODELS_SHOWN]))
         return Frame(
@@ -137,7 +137,7 @@ class Watcher:
             name=worker.name,
             host=worker.host,
             device=worker.device,
-            models=[worker.model.name],
+            models=[model.name for model in worker.served],
             state=_state(worker, now),
             running=worker.running,
             slots=worker.slots,
@@ -152,12 +152,15 @@ class Watcher:
     def _queue_row(
         self, model: str, counts: tuple[int, int], workers: Sequence[WorkerInfo], oldest_at: float | None, now: float
     ) -> QueueRow:
-        live = [worker for worker in workers if worker.model.name == model]
-        rates = [self._rates[worker.name].tokens_per_s for worker in live if worker.name in self._rates]
+        live = [worker for worker in workers if any(each.name == model for each in worker.served)]
+        alone = [worker for worker in live if len(worker.served) == 1]  # of others the tokens are of all their models
+        rates = [self._rates[worker.name].tokens_per_s for worker in alone if worker.name in self._rates]
         return QueueRow(
             model=model,
             workers=len(live),
-            slots=sum(worker.slots for worker in live if not worker.draining),
+            slots=sum(
+                each.slots for worker in live if not worker.draining for each in worker.served if each.name == model
+            ),
             waiting=counts[0],
             in_flight=counts[1],
             oldest_s=None if oldest_at is None else max(0.0, now - oldest_at),
