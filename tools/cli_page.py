@@ -6,9 +6,10 @@ Owns the page's form; what it says are the help texts. A test holds the page aga
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
 from enum import Enum
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,8 @@ import typer.main
 from lamella.cli.app import app
 from lamella.cli.plugins import GROUP
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "cli.md"
 
 HEAD = """# The command line
 
@@ -59,11 +61,20 @@ def page() -> str:
 
 
 def all_commands() -> Iterator[tuple[str, Any]]:
-    """Yield every command with its name, those that other packages bring included, in the order of the help."""
-    brought = {point.name: typer.main.get_command(point.load()) for point in entry_points(group=GROUP)}
+    """Yield every command with its name: the client's own in the order of the help, then those of other packages."""
+    brought = brought_commands()
     root: Any = typer.main.get_command(app)
     for name, command in root.commands.items():
-        yield from _with_children(f"lamella {name}", brought.get(name, command))
+        if name not in brought:
+            yield from _with_children(f"lamella {name}", command)
+    for name, point in sorted(brought.items()):
+        yield from _with_children(f"lamella {name}", typer.main.get_command(point.load()))
+
+
+def brought_commands() -> dict[str, EntryPoint]:
+    """Return the commands that other packages bring, as the project names them, whatever is installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {name: EntryPoint(name, value, GROUP) for name, value in project["entry-points"][GROUP].items()}
 
 
 def _with_children(name: str, command: Any) -> Iterator[tuple[str, Any]]:

@@ -114,10 +114,10 @@ def _message(completion: Completion) -> dict[str, object]:
 def _chat_logprobs(logprobs: tuple[TokenLogprob, ...]) -> list[dict[str, object]]:
     return [
         {
-            "token": _token(each.token_id),
+            "token": _token(each.token_id, each.text),
             "logprob": each.logprob,
             "bytes": None,
-            "top_logprobs": [{"token": _token(token), "logprob": value, "bytes": None} for token, value in each.top],
+            "top_logprobs": [{"token": token, "logprob": value, "bytes": None} for token, value in _top(each)],
         }
         for each in logprobs
     ]
@@ -125,16 +125,21 @@ def _chat_logprobs(logprobs: tuple[TokenLogprob, ...]) -> list[dict[str, object]
 
 def _completion_logprobs(logprobs: tuple[TokenLogprob, ...]) -> dict[str, object]:
     return {
-        "tokens": [_token(each.token_id) for each in logprobs],
+        "tokens": [_token(each.token_id, each.text) for each in logprobs],
         "token_logprobs": [each.logprob for each in logprobs],
-        "top_logprobs": [{_token(token): value for token, value in each.top} for each in logprobs],
+        "top_logprobs": [dict(_top(each)) for each in logprobs],
         "text_offset": None,
     }
 
 
-def _token(token_id: int) -> str:
-    """Return a token by its number: its text is the model's to know."""
-    return f"token_id:{token_id}"
+def _top(each: TokenLogprob) -> list[tuple[str, float]]:
+    texts = each.top_texts if len(each.top_texts) == len(each.top) else (None,) * len(each.top)
+    return [(_token(token_id, text), value) for (token_id, value), text in zip(each.top, texts, strict=True)]
+
+
+def _token(token_id: int, text: str | None) -> str:
+    """Return a token's text; its number where the worker does not tell the text."""
+    return f"token_id:{token_id}" if text is None else text
 
 
 def _json(record: dict[str, object]) -> str:

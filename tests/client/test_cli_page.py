@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,9 @@ from typer.testing import CliRunner
 
 from lamella import Client
 from lamella.cli import app
-from lamella.cli.plugins import GROUP
 from lamella.embedded import EmbeddedServer
 from tests.client.acting_worker import MODEL, ActingWorker
-from tools.cli_page import PAGE, all_commands, page
+from tools.cli_page import PAGE, all_commands, brought_commands, page
 
 
 def test_the_page_is_what_the_commands_say() -> None:
@@ -28,7 +26,7 @@ def test_the_page_is_what_the_commands_say() -> None:
 def test_help_shows_every_option_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERMINAL_WIDTH", "200")
-    brought = {point.name for point in entry_points(group=GROUP)}
+    brought = brought_commands()
     own = [(name.split()[1:], command) for name, command in all_commands() if name.split()[1] not in brought]
 
     for words, command in own:
