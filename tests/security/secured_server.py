@@ -17,7 +17,12 @@ from lamella.embedded import server_program
 from tests.waiting import wait_until
 
 # Characters that a URL must escape, so that every test also shows that they are.
-PASSWORDS = {Role.CLIENT: "cl/ient pw@1", Role.WORKER: "wor?ker#pw:2", Role.MONITOR: "mon%itor&pw=3"}
+PASSWORDS = {
+    Role.CLIENT: "cl/ient pw@1",
+    Role.GATEWAY: "gate+way pw@5",
+    Role.WORKER: "wor?ker#pw:2",
+    Role.MONITOR: "mon%itor&pw=3",
+}
 ADMIN_PASSWORD = "ad-min-4"
 
 

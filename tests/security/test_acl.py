@@ -209,7 +209,7 @@ def test_the_command_prints_a_whole_file_with_hashes_only(tmp_path: Path) -> Non
 
     lines = result.output.splitlines()
     assert [line.split()[1] for line in lines] == [
-        "default", "lamella-admin", "lamella-client", "lamella-worker", "lamella-monitor"
+        "default", "lamella-admin", "lamella-client", "lamella-gateway", "lamella-worker", "lamella-monitor"
     ]  # fmt: skip
     assert "secret" not in result.output
     assert lines[0] == "user default reset"
