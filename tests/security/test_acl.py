@@ -201,7 +201,7 @@ def test_the_files_in_configs_are_what_the_command_prints() -> None:
 
 def test_the_command_prints_a_whole_file_with_hashes_only(tmp_path: Path) -> None:
     arguments = ["acl", "--prefix", "mine:", "--db", "3"]
-    for name in ("client", "worker", "monitor", "admin"):
+    for name in ("client", "gateway", "worker", "monitor", "admin"):
         (tmp_path / name).write_text(f"secret-of-{name}\n")
         arguments += [f"--{name}-password-file", str(tmp_path / name)]
 
@@ -215,7 +215,7 @@ def test_the_command_prints_a_whole_file_with_hashes_only(tmp_path: Path) -> Non
     assert lines[0] == "user default reset"
     assert all(" on " in line for line in lines[1:])
     assert lines[2].count(" #") == 2
-    assert "&mine:/3.celery.pidbox" in lines[4]
+    assert "&mine:/3.celery.pidbox" in lines[5]
     assert "lamella:" not in result.output
 
 
