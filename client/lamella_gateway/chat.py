@@ -12,6 +12,7 @@ from lamella import Done, TokenEvent
 from lamella_gateway import service as services
 from lamella_gateway.access import identify
 from lamella_gateway.answer import Answer
+from lamella_gateway.answer_format import queue_format
 from lamella_gateway.api_keys import Endpoint
 from lamella_gateway.body import parse, read_body
 from lamella_gateway.chat_request import ChatRequest
@@ -49,6 +50,7 @@ async def chat_completions(request: Request) -> LiveResponse:
         recognise(request, service, caller, body),
         user=asked.user,
         tier=asked.service_tier,
+        response_format=queue_format(asked.response_format),
     )
     generation = await begin(service, caller, order)
     if not asked.stream:

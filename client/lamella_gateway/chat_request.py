@@ -6,16 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from lamella_gateway.answer_format import ChatFormat
 from lamella_gateway.message_text import MOST_MESSAGES, TURN_WHY, ChatTurn
-from lamella_gateway.request_base import NO_TOOLS, ChoiceFields, Metadata, Nothing, RequestBase, ServiceTier, Text
-
-
-class TextFormat(RequestBase):
-    """How the answer is to look: text, and nothing else so far."""
-
-    WHY: ClassVar[dict[str, str]] = {"type": "JSON modes are not served"}
-
-    type: Literal["text"]
+from lamella_gateway.request_base import NO_TOOLS, ChoiceFields, Metadata, Nothing, ServiceTier, Text
 
 
 class ChatRequest(ChoiceFields):
@@ -23,12 +16,12 @@ class ChatRequest(ChoiceFields):
 
     WHY: ClassVar[dict[str, str]] = {
         **TURN_WHY,
-        "logit_bias": "Biases on tokens are not served; leave it out",
+        "logit_bias": "Give token ids as text, each with a number from -100 to 100",
         "tools": NO_TOOLS,
         "tool_choice": NO_TOOLS,
         "functions": NO_TOOLS,
         "function_call": NO_TOOLS,
-        "response_format": "The only format served is {'type': 'text'}",
+        "response_format": "The formats served are text, json_object and json_schema",
         "modalities": "Text is the only modality",
         "audio": "Text is the only modality",
         "prediction": "Predicted outputs are not served",
@@ -47,6 +40,7 @@ class ChatRequest(ChoiceFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     service_tier: ServiceTier | None = None
+    response_format: ChatFormat | None = None
     # Accepted, and without effect: they name, trace or cache, and change no answer.
     metadata: Metadata | None = None
     safety_identifier: Text | None = None
@@ -60,7 +54,6 @@ class ChatRequest(ChoiceFields):
     tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None
     modalities: Annotated[tuple[Literal["text"], ...], Field(max_length=1)] | None = None
     audio: None = None
     prediction: None = None

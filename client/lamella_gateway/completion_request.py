@@ -22,7 +22,7 @@ class CompletionRequest(ChoiceFields):
         "echo": "The prompt is not repeated; put it before the answer yourself",
         "suffix": "Text in the middle is not filled in",
         "best_of": "Choices are not ranked; ask for n of them",
-        "logit_bias": "Biases on tokens are not served; leave it out",
+        "logit_bias": "Give token ids as text, each with a number from -100 to 100",
         "stream_options": "Only include_usage can be asked for",
     }
 

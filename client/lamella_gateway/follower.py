@@ -31,7 +31,8 @@ class Follower:
         self._connection = connection
         self._order = StreamOrder(job_id, after, connection.ring)
         self._published: deque[str] = deque()
-        self._came = asyncio.Event()
+        self._has_news = False
+        self._waiter: asyncio.Future[None] | None = None
         self._must_read = False
         self._lost_at: float | None = None
         self._wait_s = CONFIRM_S
@@ -47,13 +48,13 @@ class Follower:
             self._published.clear()
             self._must_read = True
         self._published.append(text)
-        self._came.set()
+        self._wake()
 
     def confirmed(self) -> None:
         """Note that from now on nothing published is missed."""
         self._wait_s = SILENCE_S
         self._must_read = True
-        self._came.set()
+        self._wake()
 
     async def next_items(self) -> list[StreamItem]:
         """Return the next events, at least one, or none where the job has ended before.
@@ -63,26 +64,28 @@ class Follower:
             ServerUnreachable: the server was away for longer than HEAL_S.
         """
         while not self._order.ended:
-            if not self._came.is_set() and not await self._wait():
+            if not self._has_news and not await self._wait():
                 self._must_read = True
-            self._came.clear()
+            self._has_news = False
             items = await self._stored() if self._must_read else []
             while self._published and not self._order.behind:
                 items += self._order.live(self._published.popleft())
             if self._published or self._order.behind:
                 self._must_read = True
-                self._came.set()
+                self._has_news = True
             if items:
                 return items
         return []
 
+    def _wake(self) -> None:
+        self._has_news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
     async def _wait(self) -> bool:
-        try:
-            async with asyncio.timeout(self._wait_s):
-                await self._came.wait()
-        except TimeoutError:
-            return False
-        return True
+        self._waiter = asyncio.get_running_loop().create_future()
+        await asyncio.wait({self._waiter}, timeout=self._wait_s)
+        return self._has_news
 
     async def _stored(self) -> list[StreamItem]:
         try:
@@ -93,7 +96,7 @@ class Follower:
             if now - self._lost_at > HEAL_S:
                 raise
             await asyncio.sleep(PAUSE_S)
-            self._came.set()
+            self._has_news = True
             return []
         self._lost_at = None
         self._must_read = self._order.behind

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +25,7 @@ from lamella import (
     SamplingParams,
     StreamItem,
 )
+from lamella.embedding import EmbeddingsEvent
 from lamella.messages import GenerateRequest, TokenEvent
 from lamella.queue_terms import expected_cost
 from lamella.request_draft import SubmitOptions
@@ -65,6 +66,7 @@ class Order:
     user: str | None = None
     tier: str | None = None
     response: str = ""
+    response_format: Mapping[str, object] | None = None
     goes_on_alone: bool = False  # whether its jobs outlive the connection
 
     @property
@@ -109,7 +111,7 @@ class Generation:
                 self.followers.append(await self.service.board.follow(job_id))
             async with aclosing(_merged(self.followers)) as merged:
                 async for index, items in merged:
-                    yield index, [item.event for item in items]
+                    yield index, [item.event for item in items if not isinstance(item.event, EmbeddingsEvent)]
             self.service.settler.ended(self.job_ids)
         except LamellaError as error:
             raise from_lamella(error) from error
@@ -202,6 +204,8 @@ async def _submit_one(service: Service, caller: Caller, order: Order, index: int
         # The model was looked up a moment ago; only with encryption is there more to be sure of.
         require_worker=service.connection.ring is not None,
     )
+    if order.response_format is not None:
+        options["response_format"] = order.response_format
     if choice.messages is not None:
         options["messages"] = choice.messages
     if order.repeat.key is not None:
@@ -243,7 +247,7 @@ async def _merged(followers: Sequence[Follower]) -> AsyncGenerator[tuple[int, li
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=lambda each: waiting[each]):
                 index = waiting.pop(task)
-                if items := task.result():
+                if items := await task:
                     waiting[asyncio.create_task(followers[index].next_items())] = index
                     yield index, items
     finally:

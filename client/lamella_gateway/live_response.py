@@ -110,7 +110,7 @@ class LiveResponse:
                 if not step.done():
                     await sender.add(self._form.filler if sender.is_started else self._head)
                     continue
-                piece = step.result()
+                piece = await step
                 if piece is None:
                     await sender.end(b"")
                     return True

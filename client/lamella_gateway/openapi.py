@@ -6,7 +6,7 @@ Owns what each route says it takes and returns. A new route has its entry here; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -21,7 +21,7 @@ from lamella_gateway.models import ModelBody, ModelsBody
 from lamella_gateway.response_request import LOGPROBS, ResponseRequest
 from lamella_gateway.response_shapes import DeletedBody, ResponseBody
 
-Schema = dict[str, Any]  # JSON schema has no narrower type
+Schema = dict[str, object]
 _REF = "#/components/schemas/{model}"
 _ID = {"type": "string", "minLength": 1}
 
@@ -117,11 +117,14 @@ def _paths() -> Schema:
     }
 
 
-_METRICS = {
+_METRICS: Schema = {
     "description": "Counters",
     "content": {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")},
 }
-_DOCUMENT = {"description": "An OpenAPI document", "content": {"application/json": {"schema": {"type": "object"}}}}
+_DOCUMENT: Schema = {
+    "description": "An OpenAPI document",
+    "content": {"application/json": {"schema": {"type": "object"}}},
+}
 
 
 def _parameter(name: str, place: Literal["path", "query", "header"], schema: Schema) -> Schema:
@@ -156,7 +159,8 @@ def _operation(
 ) -> Schema:
     answer = _json(returned)
     if streams:
-        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        whole = {"application/json": {"schema": _ref(returned)}}
+        answer["content"] = {**whole, "text/event-stream": {"schema": {"type": "string"}}}
     failed: Schema = {str(status): {**_json(ErrorEnvelope), "description": _SAID[status]} for status in errors}
     return {
         "operationId": name,

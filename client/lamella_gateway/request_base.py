@@ -12,8 +12,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lamella import SamplingParams
+from lamella.messages import MAX_BIASES
 
-Empty = Annotated[dict[str, object], Field(max_length=0)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES),
+]
 Nothing = Annotated[list[object], Field(max_length=0)]
 Text = Annotated[str, Field(max_length=1000)]
 Metadata = Annotated[
@@ -80,10 +84,11 @@ class ChoiceFields(SamplingFields):
     stop: StopText | Annotated[tuple[StopText, ...], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: Empty | None = None
+    logit_bias: Biases | None = None
 
     def choice_sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Return how the tokens of each choice are chosen."""
+        biases = sorted((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items())
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         return self.base_sampling(max_tokens).model_copy(
             update={
@@ -91,6 +96,7 @@ class ChoiceFields(SamplingFields):
                 "frequency_penalty": self.frequency_penalty or 0.0,
                 "stop": stop,
                 "logprobs": logprobs,
+                "logit_bias": tuple(biases) or None,
             }
         )
 

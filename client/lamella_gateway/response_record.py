@@ -47,6 +47,7 @@ class ResponseRecord(Wire):
     truncation: str
     user: str | None
     store: bool
+    text_format: dict[str, object] | None = None
 
 
 class StoredResponse(Wire):
@@ -99,6 +100,7 @@ def record_of(asked: ResponseRequest, sampling: SamplingParams) -> ResponseRecor
         truncation="disabled",
         user=asked.user,
         store=asked.store is not False,
+        text_format=None if asked.format is None else asked.format.model_dump(by_alias=True, exclude_none=True),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lamella.messages import MAX_PROMPT_CHARS
+from lamella_gateway.answer_format import AnyFormat, ResponseFormat
 from lamella_gateway.message_text import MOST_MESSAGES, Content, Parts
 from lamella_gateway.request_base import (
     NO_TOOLS,
@@ -30,12 +31,6 @@ class InputMessage(RequestBase):
     id: Text | None = None
     status: Text | None = None
     phase: Text | None = None
-
-
-class ResponseFormat(RequestBase):
-    """How the answer is to look."""
-
-    type: Literal["text"]
 
 
 class TextConfig(RequestBase):
@@ -62,7 +57,7 @@ class ResponseRequest(SamplingFields):
         "conversation": "Conversations are not kept; use previous_response_id",
         "prompt": "Prompt templates are not kept",
         "reasoning": "Reasoning cannot be configured",
-        "text": "The only format served is text",
+        "text": "The formats served are text, json_object and json_schema",
         "truncation": "A prompt that is too long is refused, never cut",
         "include": f"What can be included is {LOGPROBS}",
         "context_management": "The context is not managed",
@@ -116,6 +111,11 @@ class ResponseRequest(SamplingFields):
         if self.top_logprobs and LOGPROBS not in (self.include or ()):
             raise ValueError(f"top_logprobs needs include: ['{LOGPROBS}']")
         return self
+
+    @property
+    def format(self) -> AnyFormat | None:
+        """How the answer is to look, None if the request does not say."""
+        return None if self.text is None else self.text.format
 
     @property
     def num_logprobs(self) -> int | None:

@@ -74,16 +74,10 @@ class IncompleteBody(TypedDict):
     reason: Literal["max_output_tokens"]
 
 
-class FormatBody(TypedDict):
-    """Text is the only format."""
-
-    type: Literal["text"]
-
-
 class TextConfigBody(TypedDict):
     """How the output looks."""
 
-    format: FormatBody
+    format: dict[str, object]
 
 
 class ResponseBody(TypedDict):
@@ -146,7 +140,7 @@ def response_body(response_id: str, record: ResponseRecord, created_at: float, s
         service_tier=record.service_tier,
         store=record.store,
         temperature=record.temperature,
-        text=TextConfigBody(format=FormatBody(type="text")),
+        text=TextConfigBody(format=record.text_format or {"type": "text"}),
         tool_choice="auto",
         tools=[],
         top_logprobs=record.top_logprobs or 0,

@@ -13,6 +13,7 @@ from lamella import ChatMessage, JobState
 from lamella_gateway import service as services
 from lamella_gateway.access import Caller, identify
 from lamella_gateway.answer import Answer
+from lamella_gateway.answer_format import queue_format
 from lamella_gateway.api_error import ApiError
 from lamella_gateway.api_keys import Endpoint
 from lamella_gateway.body import parse, read_body
@@ -64,6 +65,7 @@ async def create_response(request: Request) -> Live:
         recognise(request, service, caller, body),
         user=asked.user,
         tier=asked.service_tier,
+        response_format=queue_format(asked.format),
         response=encode_record(record, service.connection.ring) if record.store else "",
         goes_on_alone=record.background,
     )

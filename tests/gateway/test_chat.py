@@ -98,6 +98,7 @@ def test_sampling_reaches_the_job_as_it_was_asked_for(
         stop=["END", "\n\n"],
         logprobs=True,
         top_logprobs=4,
+        logit_bias={"50": -100, "7": 2.5},
         extra_body={"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "stop_token_ids": [2], "ignore_eos": True},
     )
 
@@ -120,6 +121,7 @@ def test_sampling_reaches_the_job_as_it_was_asked_for(
         "stop_token_ids": (2,),
         "ignore_eos": True,
         "logprobs": 4,
+        "logit_bias": ((7, 2.5), (50, -100)),
     }
 
 
@@ -197,3 +199,23 @@ def test_the_raw_stream_is_server_sent_events(gateway: RunningGateway, answering
     assert response.headers["content-type"].startswith("text/event-stream")
     assert lines[-1] == "data: [DONE]"
     assert all("choices" in json.loads(line.removeprefix("data: ")) for line in lines[:-1])
+
+
+def test_a_format_reaches_the_job_from_chat_and_from_responses(
+    sdk: openai.OpenAI, answering: AnsweringWorker, worker: ActingWorker
+) -> None:
+    schema = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "integer"}}}
+    named = {"name": "thing", "schema": schema, "strict": True}
+
+    sdk.chat.completions.create(
+        model=MODEL, messages=USER, response_format={"type": "json_schema", "json_schema": named}
+    )
+    sdk.chat.completions.create(model=MODEL, messages=USER, response_format={"type": "json_object"})
+    made = sdk.responses.create(model=MODEL, input="Hi", text={"format": {"type": "json_schema", **named}})
+
+    chat, free, response = (request.response_format for request in sent(worker))
+    assert chat == response
+    assert json.loads(chat.json_schema) == schema
+    assert list(json.loads(chat.json_schema)["properties"]) == ["b", "a"]
+    assert free.type == "json_object"
+    assert made.text.format.name == "thing"
