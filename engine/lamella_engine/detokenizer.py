@@ -37,6 +37,10 @@ class Detokenizer:
         self._ids.append(token_id)
         return self._release(self._new_text())
 
+    def alone(self, token_id: int) -> str:
+        """The text of one token by itself; empty for a special one, and with marks for a part of a character."""
+        return self._decode([token_id])
+
     def flush(self) -> str:
         """The text held for a stop string that did not come; an incomplete character at the very end is dropped."""
         held, self._held = self._held, ""

@@ -151,9 +151,16 @@ class Sequence:
             SequenceError: its format cannot be followed further.
         """
         self._unsent += self._append(choice.token_id)
-        self._logprobs = None if choice.logprobs is None else (choice.logprobs,)
+        self._logprobs = None if choice.logprobs is None else (self._spelled(choice.logprobs),)
         self._unsent += self._append_forced()
         self._told = self.length
+
+    def _spelled(self, found: TokenLogprobs) -> TokenLogprobs:
+        """Log-probabilities with the texts of their tokens."""
+        if self._detokenizer is None:
+            return found
+        tops = tuple(self._detokenizer.alone(token_id) for token_id, _ in found.top)
+        return replace(found, text=self._detokenizer.alone(found.token_id), top_texts=tops)
 
     def news(self) -> SequenceTokens | None:
         """The event that tells of its tokens that no event told of yet; None if there are none."""

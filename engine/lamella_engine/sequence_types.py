@@ -127,11 +127,16 @@ class SequenceRequest:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probability of the chosen token, and of the most likely ones as (token id, logprob)."""
+    """Natural-log probability of the chosen token, and of the most likely ones as (token id, logprob).
+
+    `text` and `top_texts` are the texts of these tokens, each by itself; None and empty where there is no tokenizer.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    text: str | None = None
+    top_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,6 @@ def _ending(job: RunningJob, event: SequenceFinished) -> tuple[tuple[Done | Fail
 def _token_event(event: SequenceTokens) -> TokenEvent:
     logprobs = None
     if event.logprobs is not None:
-        logprobs = tuple(TokenLogprob(token_id=p.token_id, logprob=p.logprob, top=p.top) for p in event.logprobs)
+        logprobs = tuple(TokenLogprob(**vars(position)) for position in event.logprobs)
     tool_format = None if event.tool_format is None else event.tool_format.value
     return TokenEvent(token_ids=event.token_ids, text=event.text, logprobs=logprobs, tool_format=tool_format)
