@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -77,10 +79,16 @@ def serve(  # noqa: PLR0913  one argument for each option
     typer.echo(f"serving http://{shown}:{listener.getsockname()[1]}/v1", err=True)
     if settings.requires_key and not is_loopback(host):
         log.info("keys and prompts travel in the open: put a proxy that speaks TLS in front")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _asked_to_stop)
     with listener:
         server.run(sockets=[listener])
     if not server.started:
         raise typer.Exit(1)
+
+
+def _asked_to_stop(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the server has handlers of its own while it runs, and passes the signal on when it has stopped."""
 
 
 def make_server(settings: Settings) -> uvicorn.Server:

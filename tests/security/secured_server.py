@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 # Characters that a URL must escape, so that every test also shows that they are.
 PASSWORDS = {
     Role.CLIENT: "cl/ient pw@1",
-    Role.GATEWAY: "gate+way pw@5",
+    Role.GATEWAY: "gate:way pw%4",
     Role.WORKER: "wor?ker#pw:2",
     Role.MONITOR: "mon%itor&pw=3",
 }

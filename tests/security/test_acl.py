@@ -19,10 +19,12 @@ from lamella.errors import ConfigError, ServerRefused
 from lamella.keys import Keys
 from lamella.messages import Done, JobState
 from lamella.registry_calls import CancelStatus
+from lamella_gateway.api_keys import make_key, shown_key, store_key
 from lamella_worker.config import RedisTable
 from lamella_worker.health import check_worker
 from lamella_worker.monitor import make_monitor
 from tests.fixtures.servers import require_embedded
+from tests.gateway.running_gateway import RunningGateway
 from tests.security.secured_server import SecuredServer, secured_server
 from tests.security.secured_worker import MODEL, PREFIX, SecuredWorker
 from tests.waiting import wait_until
@@ -56,6 +58,30 @@ def test_a_client_does_its_whole_work_and_a_worker_serves_it(
     assert client.dead_jobs() == []
     assert [model.name for model in client.models()] == [MODEL]
     assert [worker.model.name for worker in client.workers()] == [MODEL]
+    assert secured.refusals() == []
+
+
+def test_a_gateway_does_its_whole_work(client: Client, secured: SecuredServer, guarded_worker: SecuredWorker) -> None:
+    key, secret = make_key("notebook", "ada", requests_per_minute=60, tokens_per_day=100_000)
+    with secured.admin() as admin:
+        for command in next(store_key(KEYS, key, secret)).commands:
+            admin.execute_command(*command)
+    secured.forget_refusals()
+
+    url = secured.url(Role.GATEWAY)
+    with (
+        RunningGateway(url, prefix=PREFIX, requires_key=True) as gateway,
+        gateway.client(shown_key(key, secret)) as sdk,
+    ):
+        answer = sdk.completions.create(model=MODEL, prompt="The river runs", max_tokens=4)
+        made = sdk.responses.create(model=MODEL, input="Go on", max_output_tokens=4, background=True)
+        events = list(sdk.responses.retrieve(made.id, stream=True))
+        sdk.responses.delete(made.id)
+        with secured.admin() as admin:
+            wait_until(lambda: admin.exists(KEYS.unbilled) == 0)
+
+    assert answer.usage.completion_tokens == 4
+    assert events[-1].sequence_number == len(events) - 1
     assert secured.refusals() == []
 
 
@@ -136,6 +162,10 @@ MONITORS_MAY_NOT = (
     ("SCRIPT", "LOAD", "return 1"), ("ZRANGE", KEYS.jobs, "0", "-1"),
     ("SADD", f"{PREFIX}_kombu.binding.generate.{MODEL}", "x"),
 )  # fmt: skip
+GATEWAYS_MAY_NOT = (
+    *CLIENTS_MAY_NOT[:4], ("SCRIPT", "LOAD", "return 1"), ("HSET", KEYS.api_key("k"), "user", "x"),
+    ("DEL", KEYS.api_key("k")), ("ZADD", KEYS.api_keys, "1", "k"), ("HSET", KEYS.limits, "a", "1"),
+)  # fmt: skip
 WORKERS_MAY_NOT = (("GET", "other"), ("HGETALL", "other:job:1"), ("SUBSCRIBE", "other:ch:1"), ("SCRIPT", "KILL"))
 
 
@@ -144,6 +174,8 @@ WORKERS_MAY_NOT = (("GET", "other"), ("HGETALL", "other:job:1"), ("SUBSCRIBE", "
     [
         *((role, command) for role in Role for command in EVERYBODY),
         *((Role.CLIENT, command) for command in CLIENTS_MAY_NOT),
+        *((Role.CLIENT, command) for command in (("HGETALL", KEYS.api_key("k")), ("HGETALL", KEYS.unbilled))),
+        *((Role.GATEWAY, command) for command in GATEWAYS_MAY_NOT),
         *((Role.MONITOR, command) for command in MONITORS_MAY_NOT),
         *((Role.WORKER, command) for command in WORKERS_MAY_NOT),
     ],

@@ -47,7 +47,7 @@ def _forwarder(point: EntryPoint) -> Callable[[typer.Context], None]:
         except ImportError as error:
             typer.echo(
                 f"error: `lamella {point.name}` needs packages that are not installed ({error}); "
-                f"run `pip install 'lamella[{_EXTRAS.get(point.name, DEFAULT_EXTRA)}]'`",
+                f'run `pip install "lamella[{_EXTRAS.get(point.name, DEFAULT_EXTRA)}]"`',
                 err=True,
             )
             raise typer.Exit(1) from error
