@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from benchmarks.fleet import MAX_ATTEMPTS, MODEL, Fleet, Held, request_of
 from benchmarks.json_file import write_json
 from benchmarks.machine import Bystanders, machine_facts
 from lamella.embedded import EmbeddedServer
+from lamella.keys import HEARTBEAT_S
 from lamella.queue_calls import expire_call, outlook_call, serve_call, tend_call
 from lamella.queue_terms import QueueTerms
 from lamella.records import STATUS_FIELDS
@@ -115,10 +116,13 @@ def probe(fleet: Fleet, label: int) -> dict[str, float]:
     return costs
 
 
-def work(fleet: Fleet, most: int, workers: Sequence[int], is_over: Callable[[], bool] = lambda: False) -> int:
+def work(fleet: Fleet, most: int, workers: Sequence[int]) -> int:
     """Claim and end jobs until `most` ended, or nothing comes any more; returns how many were ended."""
-    ended = 0
-    while ended < most and not is_over():
+    ended, beat = 0, time.monotonic()
+    while ended < most:
+        if time.monotonic() - beat >= HEARTBEAT_S:
+            beat = time.monotonic()
+            fleet.serve(workers)
         held = fleet.claim(min(WORK_BATCH, most - ended), workers, 60_000)
         if not held:
             break
@@ -154,6 +158,7 @@ def lose_a_tenth(fleet: Fleet, lease_ms: int, deadline_s: float) -> dict[str, An
     The others end what they hold while the real reconciler ticks once a second; at the end the lost workers wake up and
     try to end what they held.
     """
+    fleet.serve(range(fleet.num_workers))
     lost_workers = range(fleet.num_workers // 10)
     alive = range(fleet.num_workers // 10, fleet.num_workers)
     held: list[Held] = []
@@ -162,8 +167,6 @@ def lose_a_tenth(fleet: Fleet, lease_ms: int, deadline_s: float) -> dict[str, An
     lost = {job.number: job for job in held if job.worker in lost_workers}
     began = time.monotonic()
     kept = [job for job in held if job.number not in lost]
-    for start in range(0, len(kept), WORK_BATCH):
-        fleet.end(kept[start : start + WORK_BATCH])
     reconciler = Reconciler(fleet.client, Registry(fleet.client, fleet.keys), "w-reconciler", lease_ms / 1000)
     missing = set(lost)
     resumed_s: list[float] = []
@@ -173,14 +176,16 @@ def lose_a_tenth(fleet: Fleet, lease_ms: int, deadline_s: float) -> dict[str, An
         if now - ticked >= TICK_S:
             ticked = now
             reconciler.tick()
-        if now - beat >= 2.0:
+        if now - beat >= HEARTBEAT_S:
             beat = now
             fleet.serve(alive)
-        for job in (taken := fleet.claim(WORK_BATCH, alive, 60_000)):
+        taken = fleet.claim(WORK_BATCH, alive, 60_000)
+        for job in taken:
             if job.number in missing:
                 missing.discard(job.number)
                 resumed_s.append(time.monotonic() - began)
-        fleet.end(taken)
+        fleet.end(taken + kept[:WORK_BATCH])
+        kept = kept[WORK_BATCH:]
     before = dict(fleet.book.refused)
     fleet.end(list(lost.values()))
     refused = fleet.book.refused["end fenced"] - before.get("end fenced", 0)
@@ -246,16 +251,11 @@ def simulate(options: argparse.Namespace, client: redis.Redis) -> dict[str, Any]
 
 
 def _drain(fleet: Fleet) -> int:
-    ended, beat = 0, time.monotonic()
+    ended = 0
     alive = range(fleet.num_workers // 10, fleet.num_workers)
-    while True:
-        some = work(fleet, 5000, alive)
+    while some := work(fleet, 5000, alive):
         ended += some
-        if time.monotonic() - beat > 5.0:
-            beat = time.monotonic()
-            fleet.serve(alive)
-        if not some:
-            return ended
+    return ended
 
 
 def _account(fleet: Fleet, num_jobs: int) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Files in the order in which a request flows through them:
 - `client`, `async_client`: the calls users make; `job`, `async_job`: a handle on one job
 - `request_draft`, `answer_terms`, `embed_draft`: arguments checked; `mistakes`: named
 - `operations`: what is exchanged with the registry, as `steps`; `tracing`: spans of submits, where they are asked for
+- `pulls`, `pull_messages`, `candidates`, `stored_model`: models that a worker is asked to bring, and who has or could
+  serve one
 - `queue_terms`: whose a job is, how urgent, until when; `admission`: why one was refused; `limits`: what may wait
 - `registry_calls`, `queue_calls`, `script_call`, ``lua/``: the scripts, also how a worker hears of a job; `keys`: every
   Redis name

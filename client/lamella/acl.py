@@ -49,6 +49,7 @@ _QUEUES = (
 )
 _LIMITS = ("limits", "limits:*")
 _WORKERS = ("worker:*", "workers")
+_PULLS = ("pulls:*", "pull:*")
 
 # What the HTTP gateway books; API keys themselves it only reads.
 _BOOKS = ("apirate:*", "apiday:*", "apiuse:*", "unbilled", "httpretry:*")
@@ -66,7 +67,7 @@ _MAIL = ("brpop", "rpop", "lpush", "llen", "del", "exists", "sadd", "srem", "sme
 _FOLLOW = ("hmget", "xrange", "zrange", "zrevrange")
 _REGISTRY = (
     "evalsha", "script|load", "script|exists", "hget", "hmget", "mget", "get", "set", "del", "pexpire", "sscan",
-    "xrange", "zrange", "zrevrange", "exists", "zadd", "zrem", "publish",
+    "xrange", "zrange", "zrevrange", "exists", "zadd", "zrem", "publish", "lpop",
 )
 _BROKER = (*_MAIL, "time", "zrangebyscore", "rpush", "hset", "hdel", "zrevrangebyscore", "psubscribe", "punsubscribe")
 # What kombu's own scripts and its care for deliveries take; workers load the scripts.
@@ -121,9 +122,13 @@ def grants(role: Role) -> tuple[Grant, ...]:
                 commands = (*commands, *_BOOKKEEPING, *script_commands(_GATEWAY_SCRIPTS))
                 keys, reads = (*keys, *_BOOKS), (*reads, *_API_KEYS)
             jobs = Grant(commands, keys, reads, channels=("ch:*",))
-            return jobs, Grant(("mget", "zrange", "zrevrange"), reads=_WORKERS)
+            looks = Grant(("mget", "zrange", "zrevrange"), reads=_WORKERS)
+            if role is Role.GATEWAY:
+                return jobs, looks
+            asked = Grant(("rpush", "ltrim", "expire", "llen"), keys=_PULLS[:1])
+            return jobs, looks, asked, Grant(("exists", "get"), reads=("worker:*", _PULLS[1]))
         case Role.WORKER:
-            registry = (*_JOBS, *_QUEUES, *_LIMITS, *_WORKERS, "idem:*", "reconciler")
+            registry = (*_JOBS, *_QUEUES, *_LIMITS, *_WORKERS, *_PULLS, "idem:*", "reconciler")
             broker = (*_ROUTES, *_DELIVERIES, *_MAILBOXES)
             everything = (*_CONNECT, *_REGISTRY, *_BROKER, *script_commands(frozenset(ScriptName) - _GATEWAY_SCRIPTS))
             return (Grant(everything, keys=(*registry, *broker), channels=("ch:*", *_BROADCASTS)),)

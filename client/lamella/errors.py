@@ -42,16 +42,17 @@ class NoWorkerError(RequestError):
 
     Attributes:
         model: the model that was asked for.
-        served: names of the models that live workers do serve.
+        served: names of the models that live workers do serve. The message also tells which host could best serve it.
     """
 
-    def __init__(self, model: str, served: tuple[str, ...]) -> None:
+    def __init__(self, model: str, served: tuple[str, ...], advice: str | None = None) -> None:
         self.model = model
         self.served = served
         what = ", ".join(served) if served else "none (no worker is running)"
+        start = f"{advice[:1].upper()}{advice[1:]}" if advice else f"Start one with `lamella worker --model {model}`"
         super().__init__(
-            f"no live worker serves {model!r}; served now: {what}. "
-            f"Start one with `lamella worker --model {model}`, or submit with require_worker=False to queue the job."
+            f"no live worker serves {model!r}; served now: {what}. {start}, or submit with require_worker=False to "
+            "queue the job."
         )
 
 

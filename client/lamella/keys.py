@@ -22,6 +22,8 @@ key (after the prefix)      type     holds
 ``serving:{model}``         hash     worker to its slots and its last sign of life
 ``capacity:{model}``        string   slots of all of them, with a time to live
 ``deadlines``               zset     ids of jobs that wait under a deadline, scored by it (Unix ms)
+``pulls:{worker}``          list     PullRequest JSON: models that the worker is asked to bring into its host's store
+``pull:{worker}:{model}``   string   PullStatus JSON: how far it is; with a time to live
 ``limits``                  hash     limits of models and users; ``limits:{user}`` one user's own, and their weight
 ``apikey:{id}``             hash     an API key of the HTTP gateway: hash of its secret, user, scopes, quotas
 ``apikeys``                 zset     ids of all API keys, scored by creation (Unix ms)
@@ -48,6 +50,10 @@ HEARTBEAT_S = 2.0
 JOBS_LISTED = 1000  # the newest jobs kept in the listing
 MAX_QUEUED = 10_000  # per model, unless limits say otherwise; one more is refused
 POISON_ATTEMPTS = 3
+PULLS_ASKED = 16  # requests that a worker has not taken yet
+PULL_ASK_TTL_S = 60
+PULL_LIVE_TTL_S = 15  # a pull of which nothing is told for longer has ended with its worker
+PULL_TOLD_TTL_S = 3600
 HTTP_RETRY_TTL_S = 600  # so long a request that is sent again finds the jobs of the first time
 
 
@@ -106,6 +112,14 @@ class Keys:
     def flight(self, model: str) -> str:
         """Sorted set of the model's jobs that were sent to Celery and have not ended."""
         return f"{self.prefix}flight:{model}"
+
+    def pulls(self, worker: str) -> str:
+        """List of requests that a worker bring a model."""
+        return f"{self.prefix}pulls:{worker}"
+
+    def pull(self, worker: str, model: str) -> str:
+        """String that tells how far a worker is with a model it was asked to bring."""
+        return f"{self.prefix}pull:{worker}:{model}"
 
     def user_limits(self, user: str) -> str:
         """Hash of one user's own limits and weight."""

@@ -24,6 +24,7 @@ from lamella.chat import ChatMessage as ChatMessage
 from lamella.embedding import EmbeddingsEvent, EmbedRequest
 from lamella.errors import DecodeError
 from lamella.response_format import ResponseFormat
+from lamella.stored_model import StoredModelInfo
 from lamella.wire import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
 from lamella.wire import MAX_TOKEN_ID, TokenId, check_unicode, count_characters
 from lamella.wire import Wire as Wire
@@ -339,6 +340,7 @@ class WorkerInfo(Wire):
     its own; `key_ids` names the worker's encryption keys. `model` is the first of `models`; slots, jobs and counters
     are of all of them together. A worker of an earlier version tells `model` alone, so read `served`. `tier_bytes` are
     the weight bytes that sweeps used, by where they waited: disk, RAM, VRAM; None where a worker does not tell.
+    `memory_bytes` is what its device has in all; `stored` names models of its host's store, the newest 64.
     """
 
     name: str
@@ -362,6 +364,8 @@ class WorkerInfo(Wire):
     key_ids: tuple[str, ...] = ()
     tier_bytes: tuple[int, int, int] | None = None
     models: tuple[ModelInfo, ...] = ()
+    memory_bytes: int | None = None
+    stored: tuple[StoredModelInfo, ...] = Field(default=(), max_length=1000)
 
     @property
     def served(self) -> tuple[ModelInfo, ...]:

@@ -10,6 +10,7 @@ import time
 import uuid
 
 from lamella.admission import refusal
+from lamella.candidates import rank
 from lamella.embed_draft import EmbedDraft
 from lamella.embedding import EmbedRequest
 from lamella.errors import (
@@ -121,11 +122,20 @@ def _check_key(keys: Keys, key_id: str, model: str) -> Operation[None]:
         )
 
 
+def _served(live: list[WorkerInfo]) -> tuple[str, ...]:
+    return tuple(sorted({model.name for worker in live if not worker.draining for model in worker.served}))
+
+
 def choose_model(keys: Keys, draft: RequestDraft | EmbedDraft) -> Operation[str]:
     """Return the model of a draft: the one it names, else the only one that is served; raises as `submit` does."""
     if draft.model is not None and not draft.require_worker:
         return draft.model
-    served = tuple(model.name for model in (yield from models(keys)))
+    if draft.model is not None:
+        raw = yield commands(("GET", keys.capacity(draft.model)))
+        if answers(raw)[0] not in (None, "0"):
+            return draft.model  # without a look at every worker, of which there may be a thousand
+    live = yield from workers(keys)
+    served = _served(live)
     if draft.model is None:
         if len(served) == 1:
             return served[0]
@@ -136,7 +146,8 @@ def choose_model(keys: Keys, draft: RequestDraft | EmbedDraft) -> Operation[str]
             )
         raise RequestError(f"no model is named and several are served; name one of them: {', '.join(served)}")
     if draft.model not in served:
-        raise NoWorkerError(draft.model, served)
+        ranked = rank(draft.model, live)
+        raise NoWorkerError(draft.model, served, ranked[0].advice(draft.model) if ranked else None)
     return draft.model
 
 
@@ -267,6 +278,15 @@ def models(keys: Keys) -> Operation[list[ModelInfo]]:
         )
         found[model.name] = model.model_copy(update=together)
     return [found[name] for name in sorted(found)]
+
+
+def waiting(keys: Keys, names: list[str]) -> Operation[dict[str, int]]:
+    """Return how many jobs wait for each of these models."""
+    if not names:
+        return {}
+    raw = yield commands(*(("HMGET", keys.queue(name), "n0", "n1", "n2") for name in names))
+    counted = zip(names, answers(raw), strict=True)
+    return {name: sum(int(str(count or 0)) for count in answers(counts)) for name, counts in counted}
 
 
 def check_job_id(job_id: object) -> str:

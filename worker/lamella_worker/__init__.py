@@ -18,8 +18,9 @@ In the order a job flows through them:
 - `publisher`, `delivery`, `registry`: each sweep's tokens to Redis, under a fence, again until they are there.
 - `running_job`, `job_table`: what all of these know of a job.
 - `lease_keeper`, `lease`, `reconciler`: leases of jobs, leases of deliveries, and jobs that nobody works on.
-- `heartbeat`, `health`, `flower_info`, `monitor`, `drain`: signs of life, those who look at them, and the end;
-  `remote_control`, `scripts`, `listing_sweep`, `stoppable_thread`.
+- `pull_keeper`, `pull_process`, `pull_child`: models that somebody asks this worker to bring into its host's store.
+- `heartbeat`, `host_facts`, `health`, `flower_info`, `monitor`, `drain`: signs of life, those who look at them, and the
+  end; `remote_control`, `scripts`, `listing_sweep`, `stoppable_thread`.
 - `telemetry`, `telemetry_config`, `job_watch`, `engine_sources`: who is told what happens, and where figures come from.
 - `metrics_jobs`, `metrics_engine`, `metrics_server`: a worker's metrics; `metrics_cli`, `metrics_fleet`: those of all.
 - `job_traces`: spans of jobs; `log_context`: what log lines are labelled with.

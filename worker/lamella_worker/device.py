@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -24,7 +24,9 @@ from lamella.errors import ConfigError
 log = logging.getLogger(__name__)
 
 NVIDIA_SMI_TIMEOUT_S = 20.0
-_QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.free", "--format=csv,noheader,nounits")
+_QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.free,memory.total", "--format=csv,noheader,nounits")
+_SIZE = r"(\d+|\[[^,]*\])"
+_LISTED = re.compile(rf"\s*(\d+)\s*,\s*([\w-]+)\s*,\s*(.+?)\s*,\s*{_SIZE}\s*(?:,\s*{_SIZE}\s*)?")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Gpu:
     name: str
     free_bytes: int
     visible: str
+    total_bytes: int = 0
 
 
 @dataclass
@@ -47,6 +50,7 @@ class PinnedDevice:
         label: what the device is to people, such as ``cuda:1 (NVIDIA GeForce GTX 1070)``.
         short: the same in one word, for names: ``cpu`` or ``cuda1``.
         why: how it was chosen.
+        memory_bytes: a GPU's memory in all; None for the CPU, or where the driver does not tell.
     """
 
     engine_device: str
@@ -54,6 +58,7 @@ class PinnedDevice:
     short: str
     why: str
     _lock: IO[str] | None = None
+    memory_bytes: int | None = None
 
     def release(self) -> None:
         """Let other workers choose the GPU; idempotent, and the end of the process does it too."""
@@ -110,14 +115,14 @@ def query_gpus() -> tuple[tuple[Gpu, ...], str]:
 
 
 def parse_gpus(listing: str) -> tuple[Gpu, ...]:
-    """Read nvidia-smi's lines of index, uuid, name, free MiB; a line that is not of that form is left out."""
+    """Read nvidia-smi's lines of index, uuid, name, free and total MiB; a line that is not of that form is left out."""
     gpus = []
     for line in listing.splitlines():
-        match = re.fullmatch(r"\s*(\d+)\s*,\s*([\w-]+)\s*,\s*(.+?)\s*,\s*([^,]+?)\s*", line)
+        match = _LISTED.fullmatch(line)
         if match:
-            index, uuid, name, free = match.groups()
-            free_bytes = int(free) * 2**20 if free.isdigit() else 0  # some devices say [N/A]
-            gpus.append(Gpu(int(index), uuid, name, free_bytes, index))
+            index, uuid, name, *sizes = match.groups()
+            free, total = (int(each) * 2**20 if each and each.isdigit() else 0 for each in sizes)  # some say [N/A]
+            gpus.append(Gpu(int(index), uuid, name, free, index, total))
     return tuple(gpus)
 
 
@@ -135,7 +140,7 @@ def _restrict(gpus: tuple[Gpu, ...], allowed: str) -> tuple[Gpu, ...]:
         if len(match) != 1:
             break
         gpu = match[0]
-        chosen.append(Gpu(gpu.index, gpu.uuid, gpu.name, gpu.free_bytes, word))
+        chosen.append(replace(gpu, visible=word))
     return tuple(chosen)
 
 
@@ -147,7 +152,8 @@ def _pin_cpu(env: MutableMapping[str, str], why: str) -> PinnedDevice:
 def _pin_gpu(env: MutableMapping[str, str], gpu: Gpu, number: int, why: str, lock: IO[str] | None) -> PinnedDevice:
     env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's order; CUDA's own is fastest first
     env["CUDA_VISIBLE_DEVICES"] = gpu.visible
-    return PinnedDevice("cuda:0", f"cuda:{number} ({gpu.name})", f"cuda{number}", why, lock)
+    label = f"cuda:{number} ({gpu.name})"
+    return PinnedDevice("cuda:0", label, f"cuda{number}", why, lock, gpu.total_bytes or None)
 
 
 def _pin_best(env: MutableMapping[str, str], gpus: tuple[Gpu, ...], why_none: str, locks: Path) -> PinnedDevice:

@@ -36,12 +36,14 @@ from lamella_worker.engine_port import EngineHost, OpenHost, ServedModel
 from lamella_worker.engine_sources import EngineSources
 from lamella_worker.failpoints import of_worker
 from lamella_worker.heartbeat import Heartbeat, WorkerFacts
+from lamella_worker.host_facts import HostFacts
 from lamella_worker.job_table import JobTable
 from lamella_worker.lease_keeper import LeaseKeeper
 from lamella_worker.local_host import LocalHost
 from lamella_worker.log_context import ProcessLabels
 from lamella_worker.log_setup import label_logs
 from lamella_worker.model_slots import ModelSlots
+from lamella_worker.pull_keeper import PullKeeper
 from lamella_worker.reconciler import Reconciler
 from lamella_worker.registry import Registry, open_redis
 from lamella_worker.server_check import refuse_hopeless
@@ -257,16 +259,20 @@ class WorkerProcess:
             heartbeat.start()
             stack.callback(heartbeat.stop, JOIN_S)
             self._session, self._drain = session, drain
+            pulls = PullKeeper(
+                impatient, self._keys, self.name, config.engine, config.security.admitted_pull, self._land
+            )
+            pulls.start()
+            stack.callback(pulls.stop, JOIN_S)
             return self._run_celery(session, reconciler, sources)
 
     def _tell_of(self, telemetry: Telemetry, session: Session) -> EngineSources:
         facts = WorkerFacts(self.name, self._device.label, self._serving, self._table)
         facts.metrics_address = telemetry.metrics_address
-        ring = self._ring
+        host = HostFacts(self._device, self._config.engine.store, self._ring)
 
         def info() -> WorkerInfo:
-            told = facts.info(is_draining=session.is_draining)
-            return told.model_copy(update={"key_ids": ring.key_ids}) if ring is not None else told
+            return host.add_to(facts.info(is_draining=session.is_draining))
 
         sources = EngineSources(info, self._serving.counters, lambda model: self._serving.facts(model).plan)
         telemetry.tell_of(sources)
@@ -293,6 +299,16 @@ class WorkerProcess:
         worker.start()
         session.give_up()  # Celery may stop by itself; then no task may go on waiting
         return int(worker.exitcode or 0)
+
+    def _land(self, model: str) -> str:
+        """Serve a model beside the others, now that its shards are here; returns what came of it."""
+        before = self._serving.names
+        if model in before:
+            return "this worker serves it already"
+        change = self.serve_models((*before, model))
+        if change.trouble is not None:
+            return f"but this worker cannot serve it beside {', '.join(before)}: {change.trouble}"
+        return f"the worker serves {', '.join(change.models)} now"
 
     def _changed(self, trouble: str | None) -> Change:
         label_logs(ProcessLabels(self._config.telemetry.log_format, self.name, ",".join(self._serving.names)))

@@ -54,6 +54,9 @@ class SecurityTable(BaseModel):
     require_revision: bool = Field(
         default=False, description="true refuses a model of the hub that has neither a pin nor a full @revision"
     )
+    allow_pulls: bool = Field(
+        default=True, description="false: clients cannot ask this worker to bring models into its host's store"
+    )
     keep_s: int = Field(
         default=FINISHED_TTL_S,
         ge=LEAST_KEEP_S,
@@ -83,6 +86,16 @@ class SecurityTable(BaseModel):
             if not _COMMIT.fullmatch(commit):
                 raise ValueError(f"the pin of {name!r} is not a full commit (40 hexadecimal digits, in small letters)")
         return value
+
+    def admitted_pull(self, model: str) -> str:
+        """Return the name under which a client may have `model` pulled.
+
+        Raises:
+            ConfigError: as for `admitted`, or no client may ask.
+        """
+        if not self.allow_pulls:
+            raise ConfigError("security.allow_pulls is false there; run `lamella models pull` on its host")
+        return self.admitted(model)
 
     def admitted(self, model: str) -> str:
         """Return the name under which `model` is opened: with its pinned revision, if it has a pin.

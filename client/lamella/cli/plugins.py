@@ -10,12 +10,14 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
+from lamella.cli import fleet_models
+
 GROUP = "lamella.commands"
 DEFAULT_EXTRA = "worker"
 _EXTRAS = {"serve": "server", "keys": "server"}
 _HELP = {
     "worker": "Run a worker: serve one model from one device.",
-    "models": "List, inspect, verify and remove models in the store.",
+    "models": "Models of this host's store, and where a service has them: list, pull, share, where, ...",
     "serve": "Serve the OpenAI API over HTTP in front of the queue.",
     "keys": "Make, list and revoke API keys of the HTTP gateway, and tell what they used.",
     "metrics": "Serve the metrics of all workers together, for Prometheus.",
@@ -42,6 +44,9 @@ def add_commands(app: typer.Typer) -> None:
 
 def _forwarder(point: EntryPoint) -> Callable[[typer.Context], None]:
     def forward(context: typer.Context) -> None:
+        if point.name == "models" and fleet_models.is_asked(context.args):
+            fleet_models.app(args=list(context.args), prog_name=f"lamella {point.name}")
+            return
         try:
             command = point.load()
         except ImportError as error:
