@@ -10,4 +10,6 @@ In the order data flows through them:
 - `machine`, `report`: where it ran, and what follows from the figures.
 - `soak`, with `soak_plan`, `soak_fleet`, `soak_client`, `soak_report`: many jobs over many kills, judged.
 - `sweep`: the command that does all of it. `plot`: the picture, from the JSON alone.
+- `fleet`, `fleet_sim`: the queue with a thousand simulated workers and a million jobs.
+- `peer_fetch`: shards from another host's store, beside a plain copy.
 """

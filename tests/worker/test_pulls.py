@@ -261,3 +261,27 @@ def test_a_real_process_fetches_from_a_peer_without_torch_in_the_worker(tiny_lla
     assert outcome == ""
     assert progress.done_bytes == progress.total_bytes > 0
     assert ShardStore(tmp_path / "ours").verify("tiny").name == "tiny"
+
+
+def test_serving_goes_on_being_told_while_engines_open(
+    embedded_redis: redis.Redis, connection: Connection, started: Started
+) -> None:
+    write(embedded_redis, KEYS, worker_info(name="w1"))
+    opened = threading.Event()
+
+    def land(model: str) -> str:
+        opened.wait(40)
+        return f"the worker serves tiny, {model} now"
+
+    keeper = PullKeeper(embedded_redis, KEYS, "w1", EngineTable(), admitted, land, started)
+    keeper.start()
+    ask_id = ask(connection, "good")
+
+    opening = wait_until(lambda: (found := status(connection, "good", ask_id)) and found.phase == "open" and found)
+    opened.set()
+    found = ended(connection, "good", ask_id)
+    keeper.stop(40)
+
+    assert opening
+    assert opening.state is PullState.RUNNING
+    assert "the worker serves tiny, good now" in found.message
