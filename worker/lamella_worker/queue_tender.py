@@ -12,13 +12,16 @@ from typing import cast
 import redis
 
 from lamella.keys import Keys
+from lamella.messages import JobState
 from lamella.queue_calls import expire_call, tend_call
 from lamella_worker.registry import Registry
 
 EXPIRED_AT_ONCE = 100
 EXPIRE_ROUNDS = 20  # so at most 2000 a tick, in steps short enough for a server that others wait for
 MODELS_AT_ONCE = 100
-LOOKED_AT = 500  # jobs in flight, of one model, in one round
+LEASES_READ = 5000  # of jobs in flight, of one model, in one round
+LOOKED_AT = 500  # of those, jobs that no lease covers: sent and not claimed
+LAPSED_AT_ONCE = 2000  # of those, jobs whose lease ran out
 
 
 class QueueTender:
@@ -35,6 +38,7 @@ class QueueTender:
         self._keys: Keys = registry.keys
         self._cursor = 0
         self._offsets: dict[str, int] = {}
+        self._round = 0
 
     def tend(self) -> list[tuple[str, str]]:
         """Tend some models, and return (job id, model) of jobs in flight that are to be looked at."""
@@ -56,7 +60,29 @@ class QueueTender:
 
     def _page(self, model: str) -> list[str]:
         first = self._offsets.pop(model, 0)
-        page = cast(list[str], self._client.zrange(self._keys.flight(model), first, first + LOOKED_AT - 1))
-        if len(page) == LOOKED_AT:
-            self._offsets[model] = first + LOOKED_AT
-        return page
+        page = cast(list[str], self._client.zrange(self._keys.flight(model), first, first + LEASES_READ - 1))
+        if len(page) == LEASES_READ:
+            self._offsets[model] = first + LEASES_READ
+        return page if len(page) <= LOOKED_AT else self._without_lease(page)
+
+    def _without_lease(self, page: list[str]) -> list[str]:
+        """Those of many jobs that nobody holds: reading a lease costs a quarter of the script that looks at a job.
+
+        So jobs of a lost worker are found a second after their leases ran out, however many others run.
+        """
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for job_id in page:
+                pipe.hmget(self._keys.job(job_id), ["state", "lease_until"])
+            (seconds, micros), *records = cast(tuple[tuple[int, int], list[str | None]], tuple(pipe.execute()))
+        now_ms = seconds * 1000 + micros // 1000
+        lapsed, unclaimed = [], []
+        for job_id, record in zip(page, records, strict=True):
+            state, lease_until = record
+            if state != JobState.RUNNING:
+                unclaimed.append(job_id)
+            elif not str(lease_until).isdecimal() or int(str(lease_until)) <= now_ms:
+                lapsed.append(job_id)
+        self._round += 1
+        start = self._round * LOOKED_AT % max(len(unclaimed), 1)
+        return lapsed[:LAPSED_AT_ONCE] + unclaimed[start : start + LOOKED_AT]
