@@ -36,6 +36,7 @@ Reply = TypeVar("Reply")
 MODEL = "fleet"
 MAX_ATTEMPTS = 3
 TOKENS = 20
+LEASE_MS = 600_000
 _WEIGHTS = (1.0, 1.0, 2.0, 4.0)
 
 
@@ -108,15 +109,20 @@ class Fleet:
                 raise AssertionError(f"a submit was answered {reply}")
         return replies
 
-    def claim(self, most: int, workers: Sequence[int], lease_ms: int) -> list[Held]:
-        """Take up to `most` messages from Celery's queue and claim their jobs, for the workers in turn."""
+    def claim(
+        self, most: int, workers: Sequence[int], lease_ms: int = LEASE_MS, doomed: range = range(0)
+    ) -> list[Held]:
+        """Take up to `most` messages from Celery's queue and claim their jobs, for the workers in turn.
+
+        The `doomed` get a lease of `lease_ms`, which nobody renews; the others a long one, for renewing it.
+        """
         popped = self.client.rpop(self.keys.queue_list(MODEL), most)
         messages = popped if isinstance(popped, list) else []
         ids = [str(json.loads(message)["headers"]["id"]) for message in messages]
         takers = [workers[(self._turn + place) % len(workers)] for place in range(len(ids))]
         self._turn += len(ids)
         calls = [
-            claim_call(self.keys, job_id, f"w{taker}", lease_ms, MAX_ATTEMPTS)
+            claim_call(self.keys, job_id, f"w{taker}", lease_ms if taker in doomed else LEASE_MS, MAX_ATTEMPTS)
             for job_id, taker in zip(ids, takers, strict=True)
         ]
         replies: list[ClaimReply] = _all_well(self.registry.call_many(calls))

@@ -17,7 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def work(fleet: Fleet, most: int, workers: Sequence[int]) -> int:
         if time.monotonic() - beat >= HEARTBEAT_S:
             beat = time.monotonic()
             fleet.serve(workers)
-        held = fleet.claim(min(WORK_BATCH, most - ended), workers, 60_000)
+        held = fleet.claim(min(WORK_BATCH, most - ended), workers)
         if not held:
             break
         fleet.end(held)
@@ -156,13 +157,13 @@ def lose_a_tenth(fleet: Fleet, lease_ms: int, deadline_s: float) -> dict[str, An
     """Fill all slots, let a tenth of the workers fall silent, and see their jobs through with the others.
 
     The others end what they hold while the real reconciler ticks once a second; at the end the lost workers wake up and
-    try to end what they held.
+    try to end what they held. Seconds count from the last claim.
     """
     fleet.serve(range(fleet.num_workers))
     lost_workers = range(fleet.num_workers // 10)
     alive = range(fleet.num_workers // 10, fleet.num_workers)
     held: list[Held] = []
-    while taken := fleet.claim(200, range(fleet.num_workers), lease_ms):
+    while taken := fleet.claim(200, range(fleet.num_workers), lease_ms, lost_workers):
         held += taken
     lost = {job.number: job for job in held if job.worker in lost_workers}
     began = time.monotonic()
@@ -179,7 +180,7 @@ def lose_a_tenth(fleet: Fleet, lease_ms: int, deadline_s: float) -> dict[str, An
         if now - beat >= HEARTBEAT_S:
             beat = now
             fleet.serve(alive)
-        taken = fleet.claim(WORK_BATCH, alive, 60_000)
+        taken = fleet.claim(WORK_BATCH, alive)
         for job in taken:
             if job.number in missing:
                 missing.discard(job.number)
@@ -273,6 +274,18 @@ def _account(fleet: Fleet, num_jobs: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _fewer_lines() -> Iterator[None]:
+    """Leave out the worker's line about each job that is sent again."""
+    logger = logging.getLogger("lamella_worker")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -299,13 +312,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the simulation and write its figures."""
     options = parse(arguments)
-    logging.getLogger("lamella_worker").setLevel(logging.ERROR)  # else a line for each job that is nudged
     bystanders = Bystanders()
     with tempfile.TemporaryDirectory(prefix="lamella-fleet-", dir=options.directory) as directory:
         root = Path(directory)
         with EmbeddedServer(root / "server") as server:
             client = redis.Redis.from_url(server.url, protocol=2, decode_responses=True, socket_timeout=120)
-            with client:
+            with client, _fewer_lines():
                 figures = simulate(options, client)
                 version = client.info("server").get("valkey_version") or client.info("server")["redis_version"]
         facts = machine_facts(root, "cpu")
