@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import typer.main
 
+from lamella.cli import fleet_models
 from lamella.cli.app import app
 from lamella.cli.plugins import GROUP
 
@@ -69,6 +70,10 @@ def all_commands() -> Iterator[tuple[str, Any]]:
             yield from _with_children(f"lamella {name}", command)
     for name, point in sorted(brought.items()):
         yield from _with_children(f"lamella {name}", typer.main.get_command(point.load()))
+        if name == "models":  # those of the whole service, which the client takes before the engine is loaded
+            fleet: Any = typer.main.get_command(fleet_models.app)
+            yield "lamella models pull --on", fleet.commands["pull"]
+            yield "lamella models where", fleet.commands["where"]
 
 
 def brought_commands() -> dict[str, EntryPoint]:

@@ -338,9 +338,8 @@ class WorkerInfo(Wire):
     `last_sweep_at` is None until the first job; while jobs run it is not before the first of them came, so a worker
     with running jobs and an old `last_sweep_at` is stuck. `engine_process` is None where the engine has no process of
     its own; `key_ids` names the worker's encryption keys. `model` is the first of `models`; slots, jobs and counters
-    are of all of them together. A worker of an earlier version tells `model` alone, so read `served`. `tier_bytes` are
-    the weight bytes that sweeps used, by where they waited: disk, RAM, VRAM; None where a worker does not tell.
-    `memory_bytes` is what its device has in all; `stored` names models of its host's store, the newest 64.
+    are of all of them together. An earlier worker tells `model` alone, so read `served`. `tier_bytes` are the weights
+    that sweeps used, in bytes, of disk, RAM, VRAM; `memory_bytes` is the device's, `stored` are the newest models of its store.
     """
 
     name: str
