@@ -339,7 +339,7 @@ class WorkerInfo(Wire):
     with running jobs and an old `last_sweep_at` is stuck. `engine_process` is None where the engine has no process of
     its own; `key_ids` names the worker's encryption keys. `model` is the first of `models`; slots, jobs and counters
     are of all of them together. An earlier worker tells `model` alone, so read `served`. `tier_bytes` are the weights
-    that sweeps used, in bytes, of disk, RAM, VRAM; `memory_bytes` is the device's, `stored` are the newest models of its store.
+    that sweeps used, in bytes, of disk, RAM, VRAM; `memory_bytes` is the device's, `stored` the newest of its store.
     """
 
     name: str
