@@ -42,8 +42,8 @@ class Candidate:
         worker, host, device: which one.
         memory_bytes: of its device, None where it does not tell.
         standing: what it is to the model.
-        model: what it serves now.
-        running, slots: jobs at hand of those it may have.
+        model: this one if it serves it, else the first that it serves.
+        running, slots: jobs of that at hand, of those it may have.
     """
 
     worker: str
@@ -83,14 +83,14 @@ def rank(model: str, workers: Sequence[WorkerInfo]) -> list[Candidate]:
     largest = max(
         (each.largest_layer_bytes for worker in workers for each in worker.stored if each.name == model), default=0
     )
-    found = [
-        Candidate(
-            worker.name, worker.host, worker.device, worker.memory_bytes, _standing(model, worker, largest),
-            worker.model.name, worker.running, worker.slots,
-        )
-        for worker in workers
-    ]  # fmt: skip
-    return sorted(found, key=_order)
+    return sorted((_candidate(model, worker, largest) for worker in workers), key=_order)
+
+
+def _candidate(model: str, worker: WorkerInfo, largest: int) -> Candidate:
+    serving = next((each for each in worker.served if each.name == model), worker.served[0])
+    standing, memory_bytes = _standing(model, worker, largest), worker.memory_bytes
+    told = worker.name, worker.host, worker.device, memory_bytes, standing, serving.name, serving.running, serving.slots
+    return Candidate(*told)
 
 
 def _order(each: Candidate) -> tuple[int, float, int, str]:
