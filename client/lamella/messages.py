@@ -302,7 +302,7 @@ def decode_request(raw: str | bytes) -> GenerateRequest | EmbedRequest:
         raise DecodeError(f"not a request of schema {SCHEMA_VERSION}: {error.errors()[0]['msg']}") from error
 
 
-class ModelInfo(Wire):
+class ModelInfo(Wire, extra="ignore"):
     """A model as a worker serves it; sizes in bytes, context in tokens.
 
     `slots` jobs of it run at once, and `running` do, on that worker or, where a client lists models, on all of them.
@@ -318,7 +318,7 @@ class ModelInfo(Wire):
     running: int = 0
 
 
-class EngineProcessInfo(Wire):
+class EngineProcessInfo(Wire, extra="ignore"):
     """The process that a worker's engine has of its own.
 
     `max_sequences` is the batch that its engine may run at most, `trouble` says why the last one before it ended.
@@ -331,7 +331,7 @@ class EngineProcessInfo(Wire):
     trouble: str | None
 
 
-class WorkerInfo(Wire):
+class WorkerInfo(Wire, extra="ignore"):
     """A worker's heartbeat, written with a time to live; times are Unix seconds, counters since its start.
 
     `metrics_address` is where Prometheus finds the worker's metrics, as host:port, None where it serves none.

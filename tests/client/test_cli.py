@@ -230,7 +230,7 @@ def test_a_command_whose_packages_are_missing_says_what_to_install() -> None:
     result = CliRunner().invoke(other, ["extra"])
 
     assert result.exit_code == 1
-    assert "pip install 'lamella[worker]'" in result.stderr
+    assert 'pip install "lamella[worker]"' in result.stderr
 
 
 def start_chat(stdin: int, *args: str) -> subprocess.Popen[str]:

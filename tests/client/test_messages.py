@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lamella.errors import DecodeError
@@ -75,6 +77,23 @@ def test_a_record_with_broken_fields_is_a_decode_error() -> None:
 def test_an_unreadable_heartbeat_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     assert decode_workers([None, "{}"]) == []
     assert "left out a worker" in caplog.text
+
+
+def test_the_heartbeat_of_a_newer_worker_is_read() -> None:
+    model = {
+        "name": "m",
+        "family": "f",
+        "dtype": "d",
+        "num_layers": 1,
+        "context_length": 1,
+        "size_bytes": 1,
+        "later": 1,
+    }
+    numbers = ("pid", "slots", "running", "started_at", "heartbeat_at", "sweeps", "tokens", "streamed_bytes")
+    beat = {"name": "w", "host": "h", "version": "99", "device": "cpu", "model": model, "draining": False}
+    beat |= dict.fromkeys((*numbers, "peak_rss_bytes"), 1) | {"last_sweep_at": None, "from_the_future": {"x": 1}}
+
+    assert [worker.name for worker in decode_workers([json.dumps(beat)])] == ["w"]
 
 
 @pytest.mark.parametrize("name", ["m", "owner/name", "Qwen/Qwen3-0.6B", "a.b_c-d", "owner/name@0123abc"])
