@@ -1,4 +1,4 @@
-# One image for workers, the command line and Flower. Build arguments choose the build of torch:
+# One image for workers, the HTTP gateway, the command line and Flower. Build arguments choose the build of torch:
 #
 #   TORCH_INDEX_URL     package index that torch comes from; empty for pip's default (current CUDA on Linux x86-64).
 #                       The CPU build and CUDA 12.6 (Pascal cards) have indexes of their own: docs/operations.md.
@@ -28,7 +28,7 @@ COPY --from=wheel /wheels /tmp/wheels
 # The installed torch stays: its exact build joins the constraints in place of the pin.
 RUN grep -v '^torch==' /tmp/constraints.txt > /tmp/pins.txt \
     && pip freeze | grep '^torch==' >> /tmp/pins.txt \
-    && pip install --constraint /tmp/pins.txt "$(ls /tmp/wheels/lamella-*.whl)[worker,flower]"
+    && pip install --constraint /tmp/pins.txt "$(ls /tmp/wheels/lamella-*.whl)[worker,server,flower,encryption,tracing]"
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="lamella" org.opencontainers.image.licenses="Apache-2.0"

@@ -40,7 +40,7 @@ def parse(words: list[str]) -> dict[str, Any]:
 
 
 def complaint_of(line: str) -> str | None:
-    """What the command would say against a shell line; None where it is understood, ``--help`` and its like included."""
+    """What the command would say against a shell line; None where it is understood, ``--help`` included."""
     try:
         parse(words_of(line))
     except typer.Exit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import pytest
 import typer.main
 import yaml
 
+from lamella_gateway.app import make_app
+from lamella_gateway.settings import Settings
 from lamella_worker.cli import app as worker_app
 from lamella_worker.config import load_config
+from tests.shown_commands import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -77,12 +81,13 @@ def test_secrets_are_always_required_and_have_no_value_in_the_example() -> None:
 
     assert uses
     assert all(match["rest"].startswith(":?") for match in uses)
-    assert {_env_example()[name] for name in SECRETS} == {""}
+    assert {_env_example()[name] for name in (*SECRETS, "GRAFANA_PASSWORD")} == {""}
 
 
 def test_example_names_every_setting_without_a_fallback_in_compose() -> None:
     used = {match["name"] for match in VARIABLE.finditer(COMPOSE_TEXT)}
-    optional = {"LAMELLA_VERSION", "VALKEY_IMAGE", "VALKEY_PORT", "FLOWER_PORT"}
+    optional = {"LAMELLA_VERSION"} | {name for name in used if name.endswith(("_IMAGE", "_PORT"))}
+    assert all(match["rest"].startswith(":-") for match in VARIABLE.finditer(COMPOSE_TEXT) if match["name"] in optional)
 
     assert set(_env_example()) - {"COMPOSE_PROFILES"} == used - optional
 
@@ -139,9 +144,9 @@ def test_gpu_workers_have_one_card_each() -> None:
 
 
 def test_profiles_of_the_example_exist() -> None:
-    profiles = {profile for service in WORKERS.values() for profile in service["profiles"]}
+    profiles = {profile for service in SERVICES.values() for profile in service.get("profiles", [])}
 
-    assert profiles == {"gpu", "cpu"}
+    assert profiles == {"gpu", "cpu", "gateway", "monitoring"}
     assert _env_example()["COMPOSE_PROFILES"] in profiles
 
 
@@ -284,3 +289,89 @@ def test_build_arguments_of_compose_are_those_of_the_image() -> None:
 
 def test_image_starts_the_command_line() -> None:
     assert 'ENTRYPOINT ["lamella"]' in DOCKERFILE
+
+
+def test_server_and_flower_run_whatever_profile_is_chosen() -> None:
+    assert {name for name, service in SERVICES.items() if "profiles" not in service} == {"valkey", "flower"}
+
+
+@pytest.mark.parametrize("name", ["gateway", "metrics"])
+def test_command_of_the_service_is_understood_and_its_port_is_the_one_asked_for_health(name: str) -> None:
+    service = SERVICES[name]
+
+    told = parse(service["command"])
+
+    assert told["host"] == "0.0.0.0", "other containers could not reach it"
+    assert f"http://127.0.0.1:{told['port']}/" in service["healthcheck"]["test"][-1]
+
+
+def test_gateway_is_healthy_by_a_route_it_has_and_stops_after_its_grace() -> None:
+    gateway = SERVICES["gateway"]
+    routes = {getattr(route, "path", None) for route in make_app(Settings()).routes}
+
+    assert "/health/live" in routes
+    assert ":8080/health/live" in gateway["healthcheck"]["test"][-1]
+    assert _seconds(gateway["stop_grace_period"]) >= parse(gateway["command"])["grace_s"] + 10
+
+
+def test_image_has_what_its_services_need() -> None:
+    (extras,) = re.findall(r"lamella-\*\.whl\)\[([\w,]+)\]", DOCKERFILE)
+
+    assert {"worker", "server", "flower"} <= set(extras.split(","))
+
+
+def test_prometheus_scrapes_services_that_are_there_on_ports_they_have() -> None:
+    scrapes = yaml.safe_load((ROOT / "configs" / "prometheus" / "compose.yml").read_text())
+    of_host = yaml.safe_load((ROOT / "configs" / "prometheus" / "prometheus.yml").read_text())
+    jobs = {job["job_name"]: job for job in scrapes["scrape_configs"]}
+
+    port = parse(SERVICES["metrics"]["command"])["port"]
+
+    assert jobs["lamella"]["static_configs"] == [{"targets": [f"metrics:{port}"]}]
+    assert jobs["lamella-workers"]["http_sd_configs"][0]["url"] == f"http://metrics:{port}/targets"
+    assert jobs["lamella-gateway"]["dns_sd_configs"][0]["port"] == parse(SERVICES["gateway"]["command"])["port"]
+    assert scrapes["rule_files"] == of_host["rule_files"]
+    assert {job["job_name"] for job in of_host["scrape_configs"]} <= set(jobs)
+
+
+def test_workers_tell_their_metrics_where_prometheus_reaches_them() -> None:
+    telemetry = load_config(ROOT / "configs" / "container.toml", {}, environ={}).telemetry
+
+    assert telemetry.metrics_port is not None
+    assert telemetry.metrics_host == "0.0.0.0"
+    assert all("ports" not in worker for worker in WORKERS.values())
+
+
+def test_grafana_finds_the_source_and_the_board() -> None:
+    grafana = SERVICES["grafana"]
+    mounts = dict(mount.split(":")[:2] for mount in grafana["volumes"])
+    source, boards = (
+        yaml.safe_load((ROOT / path).read_text())
+        for path, target in mounts.items()
+        if target.startswith("/etc/grafana/provisioning")
+    )
+
+    assert source["datasources"][0]["url"] == "http://prometheus:9090"
+    folder = boards["providers"][0]["options"]["path"]
+    assert mounts["./configs/grafana/lamella.json"].startswith(f"{folder}/")
+
+
+@pytest.mark.parametrize(("password", "code"), [("", 1), ("secret", 0)])
+def test_grafana_does_not_start_without_a_password_of_ones_own(tmp_path: Path, password: str, code: int) -> None:
+    started = tmp_path / "run.sh"
+    started.write_text("#!/bin/sh\n")
+    started.chmod(0o755)
+    grafana = SERVICES["grafana"]
+    (script,) = grafana["command"]
+
+    outcome = subprocess.run(
+        [*grafana["entrypoint"], script.replace("$$", "$").replace("/run.sh", str(started))],
+        env={"PATH": os.environ["PATH"], "GF_SECURITY_ADMIN_PASSWORD": password},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+
+    assert outcome.returncode == code
+    assert ("set GRAFANA_PASSWORD in .env" in outcome.stderr) is bool(code)
