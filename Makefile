@@ -27,7 +27,7 @@ RUN_STAMP = $(VENV)/.lamella-run-$(CHECKOUT)
 DEV_STAMP = $(VENV)/.lamella-dev-$(CHECKOUT)
 BENCH_STAMP = $(VENV)/.lamella-bench-$(CHECKOUT)
 
-.PHONY: help demo test lint types pytest faults soak wheel bench families versions clean
+.PHONY: help demo test lint types pytest faults soak wheel bench families versions docs clean
 
 help:  ## list the commands
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -80,6 +80,11 @@ families: $(DEV_STAMP)  ## run a tiny model of every family and write docs/famil
 
 versions: $(DEV_STAMP)  ## the engine's tests on the oldest and the newest transformers and torch; VERSIONS_ARGS="--torch 2.13.0"
 	@$(BIN)/python -m tools.versions $(VERSIONS_ARGS)
+
+docs: $(DEV_STAMP)  ## write the reference pages and build the site into dist/site; any link that leads nowhere fails
+	@$(BIN)/python -m tools.reference_pages
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "dist/site/index.html"
 
 clean:  ## remove what was built or fetched here: the environment, caches, demo data, fetched models
 	rm -rf $(VENV) dist .demo .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
