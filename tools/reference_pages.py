@@ -75,8 +75,8 @@ def _configuration() -> str:
         "# Settings",
         "",
         "Written by `python -m tools.reference_pages` from the types that read them. A setting comes from the option",
-        "of the command, else the environment, else the file of `--config`, else its default. An unknown key or a value",
-        "that cannot work stops the program at its start with the place, the key and the fix.",
+        "of the command, else the environment, else the file of `--config`, else its default. An unknown key or a",
+        "value that cannot work stops the program at its start with the place, the key and the fix.",
         "",
         "## Of a worker",
     ]
@@ -193,9 +193,10 @@ def _values(field: FieldInfo) -> str:
     bounds = {key: getattr(each, key) for each in field.metadata for key in ("ge", "le") if hasattr(each, key)}
     if not bounds:
         return name
-    return f"{name}, " + " ".join(
-        f"{'at least' if key == 'ge' else 'at most'} {bound:g}" for key, bound in bounds.items()
-    )
+    if len(bounds) == 2:
+        return f"{name}, {bounds['ge']:g} to {bounds['le']:g}"
+    ((key, bound),) = bounds.items()
+    return f"{name}, {'at least' if key == 'ge' else 'at most'} {bound:g}"
 
 
 def _type_name(annotation: Any) -> str:
