@@ -28,7 +28,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^ {4}(?! *[-*]).*\n)+", re.MULTILINE)
 # Lines of Flower's page, and what keys are derived for.
 NO_COMMANDS = {"lamella device", "lamella model", "lamella plan", "lamella engine", "lamella job 1 <origin>"}
-PROJECT_PATH = re.compile(r"(?<![\w/-])(?:client|configs|docs|engine|tests|tools|worker)/[\w./-]*\w")
+PROJECT_PATH = re.compile(r"(?<![\w/-])(?:client|configs|docs|engine|tests|tools|worker)/[\w./@-]*\w")
 
 
 class Shown(NamedTuple):
