@@ -27,6 +27,22 @@ class Caller:
         """Whose jobs they are in the fair queue; None where the request may say."""
         return None if self.key is None else self.key.user
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether workers and everybody's jobs are the caller's to see; so it is where nobody needs a key."""
+        return self.key is None or self.key.is_admin
+
+    def check_admin(self) -> None:
+        """Raise ApiError where the key is not an administrator's."""
+        if not self.is_admin:
+            raise ApiError(
+                403,
+                "this API key sees its own jobs only; make one that sees workers and all jobs with "
+                "`lamella keys create NAME --admin`",
+                type="permission_error",
+                code="admin_required",
+            )
+
     def check_model(self, model: str) -> None:
         """Raise ApiError where the key may not use the model."""
         if self.key is not None and not self.key.allows_model(model):
@@ -42,6 +58,10 @@ class Caller:
     def owns(self, status: JobStatus) -> bool:
         """Return whether a job is one that the caller may see."""
         return self.key is None or status.user == self.key.user
+
+    def sees(self, status: JobStatus) -> bool:
+        """Return whether the caller may know of a job, and cancel or retry it; what it says is for its owner alone."""
+        return self.is_admin or self.owns(status)
 
 
 async def identify(request: Request, endpoint: Endpoint | None = None) -> Caller:

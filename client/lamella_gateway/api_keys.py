@@ -36,10 +36,11 @@ class Endpoint(StrEnum):
     CHAT = "chat"
     COMPLETIONS = "completions"
     RESPONSES = "responses"
+    JOBS = "jobs"
 
 
 class ApiKey(Wire):
-    """What is known of a key; None is no restriction. Times are Unix seconds."""
+    """What is known of a key; None is no restriction. An admin sees workers and all jobs. Times are Unix seconds."""
 
     key_id: str
     name: str = Field(min_length=1, max_length=100)
@@ -48,6 +49,7 @@ class ApiKey(Wire):
     endpoints: tuple[Endpoint, ...] | None = None
     requests_per_minute: int | None = Field(default=None, ge=1, le=1_000_000)
     tokens_per_day: int | None = Field(default=None, ge=1, le=10**15)
+    is_admin: bool = False
     created_at: float
     revoked_at: float | None = None
 

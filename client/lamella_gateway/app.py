@@ -22,7 +22,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lamella import LamellaError
-from lamella_gateway import chat, completions, documents, health, models, responses
+from lamella_gateway import (
+    chat,
+    completions,
+    documents,
+    fleet_routes,
+    health,
+    job_routes,
+    models,
+    page_routes,
+    responses,
+)
 from lamella_gateway.api_error import SERVER, ApiError, from_lamella
 from lamella_gateway.service import Service
 from lamella_gateway.settings import Settings
@@ -37,13 +47,20 @@ ROUTES = (
     Route("/v1/responses", responses.create_response, methods=["POST"]),
     Route("/v1/responses/{response_id}", responses.stored_response, methods=["GET", "DELETE"]),
     Route("/v1/responses/{response_id}/cancel", responses.cancel_response, methods=["POST"]),
+    Route("/lamella/account", fleet_routes.account, methods=["GET"]),
+    Route("/lamella/workers", fleet_routes.workers, methods=["GET"]),
+    Route("/lamella/queues", fleet_routes.queues, methods=["GET"]),
+    Route("/lamella/jobs", job_routes.list_jobs, methods=["GET"]),
+    Route("/lamella/jobs/{job_id}", job_routes.retrieve_job, methods=["GET"]),
+    Route("/lamella/jobs/{job_id}/cancel", job_routes.cancel_job, methods=["POST"]),
+    Route("/lamella/jobs/{job_id}/retry", job_routes.retry_job, methods=["POST"]),
     Route("/health/live", health.live, methods=["GET"]),
     Route("/health/ready", health.ready, methods=["GET"]),
     Route("/metrics", health.metrics, methods=["GET"]),
     Route("/openapi.json", documents.openapi, methods=["GET"]),
 )
 
-_PATHS: dict[object, str] = {route.endpoint: route.path for route in ROUTES}
+_PATHS: dict[object, str] = {route.endpoint: route.path for route in (*ROUTES, *page_routes.ROUTES)}
 
 
 def make_app(settings: Settings) -> Starlette:
@@ -67,7 +84,7 @@ def make_app(settings: Settings) -> Starlette:
             )
         )
     return Starlette(
-        routes=list(ROUTES),
+        routes=[*ROUTES, *page_routes.ROUTES],
         middleware=middleware,
         exception_handlers={
             ApiError: _api_error,

@@ -54,6 +54,9 @@ def create(  # noqa: PLR0913  one argument for each option
     tpd: Annotated[
         int | None, typer.Option("--tokens-per-day", min=1, help="Tokens it may use on a day (UTC), prompts included.")
     ] = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="It also sees workers and everybody's jobs, and cancels and retries those.")
+    ] = False,
     as_json: options.AsJson = False,
     redis_url: options.RedisUrl = None,
     prefix: options.Prefix = options.DEFAULT,
@@ -67,6 +70,7 @@ def create(  # noqa: PLR0913  one argument for each option
             endpoints=None if endpoint is None else tuple(endpoint),
             requests_per_minute=rpm,
             tokens_per_day=tpd,
+            is_admin=admin,
         )
     )
     with _Books(redis_url, prefix) as books:
@@ -91,11 +95,12 @@ def show(
     rows = [
         [
             *(key.key_id, key.name, key.user, _listed(key.models), _listed(key.endpoints)),
+            *("yes" if key.is_admin else "no",),
             *(_number(key.requests_per_minute), _number(key.tokens_per_day), age(key.created_at), _state(key)),
         ]
         for key in keys
     ]
-    header = ["id", "name", "user", "models", "endpoints", "requests/min", "tokens/day", "age", "state"]
+    header = ["id", "name", "user", "models", "endpoints", "admin", "requests/min", "tokens/day", "age", "state"]
     echo_columns(header, rows)
 
 

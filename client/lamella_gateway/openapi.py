@@ -11,12 +11,14 @@ from typing import Literal
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from lamella import __version__
+from lamella import JobState, __version__
 from lamella_gateway.chat_request import ChatRequest
 from lamella_gateway.chat_shapes import ChatBody
 from lamella_gateway.completion_request import CompletionRequest
 from lamella_gateway.completion_shapes import CompletionBody
+from lamella_gateway.fleet_shapes import AccountBody, JobBody, JobsBody, QueuesBody, WorkersBody
 from lamella_gateway.health import LiveBody, ReadyBody
+from lamella_gateway.job_routes import MOST_JOBS
 from lamella_gateway.models import ModelBody, ModelsBody
 from lamella_gateway.response_request import LOGPROBS, ResponseRequest
 from lamella_gateway.response_shapes import DeletedBody, ResponseBody
@@ -44,13 +46,14 @@ class ErrorEnvelope(TypedDict):
 _REQUESTS: tuple[type, ...] = (ChatRequest, CompletionRequest, ResponseRequest)
 _ANSWERS: tuple[type, ...] = (
     *(ChatBody, CompletionBody, ResponseBody, DeletedBody, ModelBody, ModelsBody),
+    *(AccountBody, WorkersBody, QueuesBody, JobBody, JobsBody),
     *(LiveBody, ReadyBody, ErrorEnvelope),
 )
 _SAID = {
     400: "The request cannot be used; `param` names the field",
     401: "No valid API key",
     403: "The key may not",
-    404: "There is no such model or response",
+    404: "There is no such model, response or job",
     409: "The job was cancelled by somebody else",
     413: "The body is too large",
     415: "The body is not declared as JSON",
@@ -108,12 +111,34 @@ def _paths() -> Schema:
         "/v1/responses/{response_id}/cancel": {
             "post": _operation("cancelResponse", "Cancel a background response", ResponseBody, [response_id])
         },
+        **_fleet_paths(),
         "/health/live": {"get": _open("live", "Whether the process runs", {"200": _json(LiveBody)})},
         "/health/ready": {
             "get": _open("ready", "Whether requests can be served", {"200": _json(ReadyBody), "503": _json(ReadyBody)})
         },
         "/metrics": {"get": _open("metrics", "Counters for Prometheus", {"200": _METRICS})},
         "/openapi.json": {"get": _open("openapi", "This document", {"200": _DOCUMENT})},
+    }
+
+
+def _fleet_paths() -> Schema:
+    job_id = _parameter("job_id", "path", _ID)
+    listing = [
+        _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": MOST_JOBS}),
+        _parameter("state", "query", {"enum": list(JobState)}),
+    ]
+    return {
+        "/lamella/account": {"get": _operation("account", "Tell who asks, and what they may see", AccountBody)},
+        "/lamella/workers": {"get": _operation("listWorkers", "List live workers; for administrators", WorkersBody)},
+        "/lamella/queues": {"get": _operation("listQueues", "List the queues of models", QueuesBody)},
+        "/lamella/jobs": {"get": _operation("listJobs", "List the newest jobs", JobsBody, listing)},
+        "/lamella/jobs/{job_id}": {"get": _operation("retrieveJob", "Tell about one job", JobBody, [job_id])},
+        "/lamella/jobs/{job_id}/cancel": {"post": _operation("cancelJob", "Cancel a job", JobBody, [job_id])},
+        "/lamella/jobs/{job_id}/retry": {
+            "post": _operation(
+                "retryJob", "Let a dead job go on as a new one", JobBody, [job_id], errors=(*_ASKING, 429)
+            )
+        },
     }
 
 

@@ -13,11 +13,9 @@ from pydantic import BaseModel
 
 from lamella import operations
 from lamella.connection import Connection
-from lamella.keys import Keys
 from lamella.messages import JobState, JobStatus, WorkerInfo
-from lamella.steps import Operation, answers, commands
+from lamella.queue_counts import oldest_waiting, queue_counts
 
-OLDEST_LOOKED_AT = 200  # of the jobs that have not ended, for the age of queues
 MODELS_SHOWN = 50
 STUCK_S = 60.0  # without a sweep while jobs run
 
@@ -103,10 +101,10 @@ class Watcher:
         self._before = {name: info for name, info in self._before.items() if name in live}
         self._rates = {name: rates for name, rates in self._rates.items() if name in live}
         now = time.time()
-        oldest = run(_oldest(keys))
+        oldest = run(oldest_waiting(keys))
         models = {model.name for worker in workers for model in worker.served}
         models |= {job.model for job in jobs if not job.state.is_final} | set(oldest)
-        queues = run(_queues(keys, sorted(models)[:MODELS_SHOWN]))
+        queues = run(queue_counts(keys, sorted(models)[:MODELS_SHOWN]))
         return Frame(
             at=now,
             server=self._server,
@@ -205,30 +203,3 @@ def _job_row(job: JobStatus, now: float) -> JobRow:
         events=job.events,
         age_s=max(0.0, now - job.created_at),
     )
-
-
-def _oldest(keys: Keys) -> Operation[dict[str, float]]:
-    """Return when the job that has waited longest was accepted, by model."""
-    raw = yield commands(("ZRANGE", keys.active, 0, OLDEST_LOOKED_AT - 1))
-    ids = [str(job_id) for job_id in answers(answers(raw)[0])]
-    if not ids:
-        return {}
-    records = yield commands(*(("HMGET", keys.job(job_id), "state", "model", "created_at") for job_id in ids))
-    found: dict[str, float] = {}
-    for record in answers(records):
-        state, model, created_at = answers(record)
-        if state == JobState.QUEUED.value and model is not None and str(created_at).isdecimal():
-            found.setdefault(str(model), int(str(created_at)) / 1000)
-    return found
-
-
-def _queues(keys: Keys, models: Sequence[str]) -> Operation[dict[str, tuple[int, int]]]:
-    """Return how many jobs wait and are in flight, by model."""
-    if not models:
-        return {}
-    asked = [(("HMGET", keys.queue(model), "n0", "n1", "n2"), ("ZCARD", keys.flight(model))) for model in models]
-    raw = answers((yield commands(*(command for pair in asked for command in pair))))
-    return {
-        model: (sum(int(str(count)) for count in answers(raw[2 * at]) if count is not None), int(str(raw[2 * at + 1])))
-        for at, model in enumerate(models)
-    }
