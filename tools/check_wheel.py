@@ -42,7 +42,7 @@ def build(directory: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """Check the wheel's top level, its scripts on the wire, the text that ships, type markers and licence.
+    """Check the wheel's top level, its scripts on the wire, the text that ships, the page, type markers and licence.
 
     Raises:
         WheelError: something is missing or too much.
@@ -56,6 +56,7 @@ def check_contents(wheel: Path) -> None:
     needed = [f"lamella/lua/{path.name}" for path in (ROOT / "client/lamella/lua").glob("*.lua")]
     needed += [f"{package}/py.typed" for package in PACKAGES]
     needed += [f"lamella_engine/texts/{path.name}" for path in (ROOT / "engine/lamella_engine/texts").glob("*.*")]
+    needed += [f"lamella_gateway/ui/{path.name}" for path in (ROOT / "client/lamella_gateway/ui").iterdir()]
     if missing := sorted(set(needed) - set(names)):
         raise WheelError(f"{wheel.name} lacks {missing}")
     if not any(name.endswith("/LICENSE") for name in names):

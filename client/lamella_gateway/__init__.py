@@ -12,6 +12,8 @@ Files in the order in which a request flows through them:
 - `generation`: jobs of one request, submitted, followed together, cancelled; `answer`: what one of them brings
 - `live_board`, `follower`: all streams over one subscription
 - `logprobs`, `chat_shapes`, `completion_shapes`, `response_shapes`, `response_events`: what goes back
+- `fleet_routes`, `job_routes`: how the service stands, and its jobs; `job_list`: which; `fleet_shapes`: as what
+- `page_routes`: the files of ``ui/``, a web page in front of all this
 - `response_record`: what is remembered of a response; `starting_point`: from which event on it is streamed
 - `live_response`: answers that keep their connection alive, and notice when it is gone
 - `api_error`: every error as OpenAI's envelope; `openapi`: the description of all this
