@@ -62,7 +62,7 @@ def test_a_client_does_its_whole_work_and_a_worker_serves_it(
 
 
 def test_a_gateway_does_its_whole_work(client: Client, secured: SecuredServer, guarded_worker: SecuredWorker) -> None:
-    key, secret = make_key("notebook", "ada", requests_per_minute=60, tokens_per_day=100_000)
+    key, secret = make_key("notebook", "ada", requests_per_minute=60, tokens_per_day=100_000, is_admin=True)
     with secured.admin() as admin:
         for command in next(store_key(KEYS, key, secret)).commands:
             admin.execute_command(*command)
@@ -76,12 +76,18 @@ def test_a_gateway_does_its_whole_work(client: Client, secured: SecuredServer, g
         answer = sdk.completions.create(model=MODEL, prompt="The river runs", max_tokens=4)
         made = sdk.responses.create(model=MODEL, input="Go on", max_output_tokens=4, background=True)
         events = list(sdk.responses.retrieve(made.id, stream=True))
+        told = [
+            sdk.get(f"{gateway.url}/lamella/{what}", cast_to=object)
+            for what in ("workers", "queues", "jobs", "jobs?state=done", f"jobs/{made.id.removeprefix('resp_')}")
+        ]
+        sdk.post(f"{gateway.url}/lamella/jobs/{made.id.removeprefix('resp_')}/cancel", cast_to=object)
         sdk.responses.delete(made.id)
         with secured.admin() as admin:
             wait_until(lambda: admin.exists(KEYS.unbilled) == 0)
 
     assert answer.usage.completion_tokens == 4
     assert events[-1].sequence_number == len(events) - 1
+    assert len(told) == 5
     assert secured.refusals() == []
 
 
