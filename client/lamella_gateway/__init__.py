@@ -7,7 +7,8 @@ Files in the order in which a request flows through them:
 - `body`: bytes to a checked request, mistakes named by field; `request_base`, `message_text`: what requests share
 - `access`: whose request it is; `api_keys`: what a key may do; `meter`: quotas and bills; `settler`: books what ended
 - `models`, `chat`, `completions`, `responses`, `health`, `documents`: the routes, a noun each
-- `chat_request`, `completion_request`, `response_request`, `answer_format`: what is accepted, and what it becomes
+- `chat_request`, `completion_request`, `response_request`, `input_item`, `answer_format`, `tool_request`: what is
+  accepted, and what it becomes
 - `repeats`: the jobs of a request that was sent before
 - `generation`: jobs of one request, submitted, followed together, cancelled; `answer`: what one of them brings
 - `live_board`, `follower`: all streams over one subscription

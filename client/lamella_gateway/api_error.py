@@ -37,6 +37,11 @@ _ASKED_WRONG = {
     "bad_token": "stop_token_ids",
     "no_chat_template": "messages",
     "bad_request": None,
+    "bad_response_format": "response_format",
+    "response_format_unsupported": "response_format",
+    "tools_unsupported": "tools",
+    "embeddings_unsupported": "model",
+    "too_many_texts": "input",
     "wrong_model": "model",
 }
 

@@ -109,6 +109,7 @@ def _below(data: object, part: int | str) -> tuple[object] | None:
 
 def _message(kind: type[BaseModel], error: ErrorDetails, param: str | None, path: tuple[int | str, ...]) -> str:
     said = error["msg"].removeprefix("Value error, ")
+    reasons: Mapping[str, str] = getattr(kind, "WHY", {})
     match error["type"]:
         case "extra_forbidden":
             known = list(kind.model_fields) if len(path) == 1 else []
@@ -116,10 +117,10 @@ def _message(kind: type[BaseModel], error: ErrorDetails, param: str | None, path
             hint = f"; did you mean {near[0]!r}?" if near else "; docs/gateway.md lists the fields that are known"
             return f"unknown field {param!r}{hint}"
         case "missing":
-            return f"the field {param!r} is missing"
+            why = reasons.get(str(path[0])) if len(path) > 1 else None
+            return f"the field {param!r} is missing" + (f". {why}" if why else "")
         case "value_error" if param is None:
             return said
-    reasons: Mapping[str, str] = getattr(kind, "WHY", {})
     why = reasons.get(str(path[0])) if path else None
     shown = f"{param!r}: {said[0].lower()}{said[1:]}" if said else f"{param!r} cannot be used"
     return f"{shown}. {why}" if why else shown

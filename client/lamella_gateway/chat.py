@@ -8,10 +8,10 @@ from contextlib import aclosing
 
 from starlette.requests import Request
 
-from lamella import Done, TokenEvent
+from lamella import Done
 from lamella_gateway import service as services
 from lamella_gateway.access import identify
-from lamella_gateway.answer import Answer
+from lamella_gateway.answer import Added, Answer
 from lamella_gateway.answer_format import queue_format
 from lamella_gateway.api_keys import Endpoint
 from lamella_gateway.body import parse, read_body
@@ -20,8 +20,8 @@ from lamella_gateway.chat_shapes import (
     ChatBody,
     ChatChoiceBody,
     ChunkWriter,
-    MessageBody,
     logprobs_body,
+    message_body,
     usage_body,
 )
 from lamella_gateway.generation import Choice, Generation, Order, begin, with_seeds
@@ -51,6 +51,7 @@ async def chat_completions(request: Request) -> LiveResponse:
         user=asked.user,
         tier=asked.service_tier,
         response_format=queue_format(asked.response_format),
+        tools=asked.tool_terms,
     )
     generation = await begin(service, caller, order)
     if not asked.stream:
@@ -72,25 +73,36 @@ def _envelope(generation: Generation, asked: ChatRequest, kind: str) -> dict[str
     }
 
 
+def _answers(generation: Generation, asked: ChatRequest) -> list[Answer]:
+    return [Answer(job_id, one_call=asked.parallel_tool_calls is False) for job_id in generation.job_ids]
+
+
+def _pieces(writer: ChunkWriter, index: int, added: Added) -> list[bytes]:
+    text = [writer.text(index, added.text, added.logprobs or None)] if added.text or added.logprobs else []
+    return [
+        *(writer.call(index, call) for call in added.more),
+        *text,
+        *(writer.call(index, call) for call in added.calls),
+    ]
+
+
 async def _chunks(generation: Generation, asked: ChatRequest, writer: ChunkWriter) -> Pieces:
-    usages = []
+    answers = _answers(generation, asked)
     async with aclosing(generation.batches()) as batches:
         async for batch in batches:
             pieces = []
             for index, event in batch:
-                match event:
-                    case TokenEvent(text=text, logprobs=logprobs) if text or logprobs:
-                        pieces.append(writer.text(index, text, logprobs))
-                    case Done(finish_reason=reason, usage=usage):
-                        pieces.append(writer.finish(index, reason))
-                        usages.append(usage)
+                pieces += _pieces(writer, index, answers[index].add(event))
+                if isinstance(event, Done):
+                    pieces.append(writer.finish(index, answers[index].finish_reason))
             yield b"".join(pieces)
+    usages = [answer.usage for answer in answers]
     last = writer.usage(usage_body(usages, shares_prompt=True)) if asked.wants_usage else b""
     yield last + DONE
 
 
 async def _whole(generation: Generation, asked: ChatRequest) -> Pieces:
-    answers = [Answer() for _ in generation.job_ids]
+    answers = _answers(generation, asked)
     async with aclosing(generation.batches()) as batches:
         async for batch in batches:
             for index, event in batch:
@@ -98,7 +110,7 @@ async def _whole(generation: Generation, asked: ChatRequest) -> Pieces:
     choices = [
         ChatChoiceBody(
             index=index,
-            message=MessageBody(role="assistant", content=answer.text, refusal=None),
+            message=message_body(answer),
             logprobs=logprobs_body(answer.logprobs) if asked.logprobs else None,
             finish_reason=answer.finish_reason,
         )

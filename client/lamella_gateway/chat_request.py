@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from lamella_gateway.answer_format import ChatFormat
 from lamella_gateway.message_text import MOST_MESSAGES, TURN_WHY, ChatTurn
-from lamella_gateway.request_base import NO_TOOLS, ChoiceFields, Metadata, Nothing, ServiceTier, Text
+from lamella_gateway.request_base import ChoiceFields, Metadata, Nothing, ServiceTier, Text
+from lamella_gateway.tool_request import WHY_CHOICE, WHY_TOOLS, ChatChoice, ChatTools, Mode, ToolTerms, tool_terms
 
 
 class ChatRequest(ChoiceFields):
@@ -17,10 +18,10 @@ class ChatRequest(ChoiceFields):
     WHY: ClassVar[dict[str, str]] = {
         **TURN_WHY,
         "logit_bias": "Give token ids as text, each with a number from -100 to 100",
-        "tools": NO_TOOLS,
-        "tool_choice": NO_TOOLS,
-        "functions": NO_TOOLS,
-        "function_call": NO_TOOLS,
+        "tools": WHY_TOOLS,
+        "tool_choice": WHY_CHOICE,
+        "functions": "Functions are given as tools",
+        "function_call": "Use tool_choice",
         "response_format": "The formats served are text, json_object and json_schema",
         "modalities": "Text is the only modality",
         "audio": "Text is the only modality",
@@ -41,17 +42,17 @@ class ChatRequest(ChoiceFields):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     service_tier: ServiceTier | None = None
     response_format: ChatFormat | None = None
+    tools: ChatTools | None = None
+    tool_choice: Mode | ChatChoice | None = None
+    parallel_tool_calls: bool | None = None
     # Accepted, and without effect: they name, trace or cache, and change no answer.
     metadata: Metadata | None = None
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     prompt_cache_retention: Text | None = None
     prompt_cache_options: dict[str, object] | None = None
-    parallel_tool_calls: bool | None = None
     # Accepted with the values that change nothing.
     store: Literal[False] | None = None
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[tuple[Literal["text"], ...], Field(max_length=1)] | None = None
@@ -70,9 +71,15 @@ class ChatRequest(ChoiceFields):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        _ = self.tool_terms  # they fit together, or it raises
         if not any(turn.message().content for turn in self.messages):
             raise ValueError("messages: the chat has no text; give at least one message with content")
         return self
+
+    @property
+    def tool_terms(self) -> ToolTerms:
+        """What the queue is told of tools."""
+        return tool_terms(self.tools, self.tool_choice)
 
     @property
     def limit(self) -> int | None:

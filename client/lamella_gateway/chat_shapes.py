@@ -11,9 +11,11 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from lamella import TokenLogprob, Usage
+from lamella.tool_calls import CallDelta
+from lamella_gateway.answer import Answer
 from lamella_gateway.logprobs import ChatLogprob, chat_logprobs
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class UsageBody(TypedDict):
@@ -31,12 +33,28 @@ class LogprobsBody(TypedDict):
     refusal: None
 
 
+class FunctionBody(TypedDict):
+    """Which function is called, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class CallBody(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionBody
+
+
 class MessageBody(TypedDict):
-    """An answer."""
+    """An answer; without text where it only calls tools."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[CallBody]]
 
 
 class ChatChoiceBody(TypedDict):
@@ -66,6 +84,18 @@ class DeltaBody(TypedDict, total=False):
 
     role: Literal["assistant"]
     content: str
+    tool_calls: list[dict[str, object]]
+
+
+def message_body(answer: Answer) -> MessageBody:
+    """Return an answer as a message."""
+    calls = [
+        CallBody(id=call.call_id, type="function", function=FunctionBody(name=call.name, arguments=call.arguments))
+        for call in answer.calls
+    ]
+    if not calls:
+        return MessageBody(role="assistant", content=answer.text, refusal=None)
+    return MessageBody(role="assistant", content=answer.text or None, refusal=None, tool_calls=calls)
 
 
 def usage_body(each: list[Usage], *, shares_prompt: bool) -> UsageBody:
@@ -98,9 +128,18 @@ class ChunkWriter:
         """Return a choice's first chunk."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None)
 
-    def text(self, index: int, text: str, positions: tuple[TokenLogprob, ...] | None) -> bytes:
+    def text(self, index: int, text: str, positions: tuple[TokenLogprob, ...] | None = None) -> bytes:
         """Return a chunk of text."""
         return self._chunk(index, {"content": text}, None, positions)
+
+    def call(self, index: int, delta: CallDelta) -> bytes:
+        """Return a chunk of a call: the first one has its id and name."""
+        call: dict[str, object] = {"index": delta.index}
+        if delta.id is not None:
+            call |= {"id": delta.id, "type": "function"}
+        name = {} if delta.name is None else {"name": delta.name}
+        call["function"] = {**name, "arguments": delta.arguments}
+        return self._chunk(index, {"tool_calls": [call]}, None)
 
     def finish(self, index: int, reason: FinishReason) -> bytes:
         """Return a choice's last chunk."""

@@ -68,7 +68,7 @@ def _usage(answers: list[Answer], asked: CompletionRequest) -> UsageBody:
 
 async def _chunks(generation: Generation, asked: CompletionRequest) -> Pieces:
     base = _body(generation, asked, int(time.time()))
-    answers = [Answer() for _ in generation.job_ids]
+    answers = [Answer(job_id) for job_id in generation.job_ids]
     lengths = [0] * len(answers)
     async with aclosing(generation.batches()) as batches:
         async for batch in batches:
@@ -101,7 +101,7 @@ def _sse(body: CompletionBody, asked: CompletionRequest) -> bytes:
 
 
 async def _whole(generation: Generation, asked: CompletionRequest) -> Pieces:
-    answers = [Answer() for _ in generation.job_ids]
+    answers = [Answer(job_id) for job_id in generation.job_ids]
     async with aclosing(generation.batches()) as batches:
         async for batch in batches:
             for index, event in batch:
@@ -110,7 +110,7 @@ async def _whole(generation: Generation, asked: CompletionRequest) -> Pieces:
     for index, answer in enumerate(answers):
         told = completion_logprobs(answer.logprobs, 0, asked.logprobs) if asked.logprobs is not None else None
         body["choices"].append(
-            CompletionChoiceBody(index=index, text=answer.text, logprobs=told, finish_reason=answer.finish_reason)
+            CompletionChoiceBody(index=index, text=answer.text, logprobs=told, finish_reason=answer.stop_reason)
         )
     body["usage"] = _usage(answers, asked)
     yield json.dumps(body).encode()

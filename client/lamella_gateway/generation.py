@@ -26,9 +26,9 @@ from lamella import (
     StreamItem,
 )
 from lamella.embedding import EmbeddingsEvent
-from lamella.messages import GenerateRequest, TokenEvent
+from lamella.messages import TokenEvent
 from lamella.queue_terms import expected_cost
-from lamella.request_draft import SubmitOptions
+from lamella.request_draft import SubmitOptions, draft_request
 from lamella_gateway.access import Caller
 from lamella_gateway.api_error import ApiError, from_lamella, job_failure
 from lamella_gateway.follower import Follower
@@ -36,6 +36,7 @@ from lamella_gateway.meter import Attachment, Bill
 from lamella_gateway.repeats import Repeat, jobs_before
 from lamella_gateway.request_base import SEED_BITS
 from lamella_gateway.service import Service
+from lamella_gateway.tool_request import NO_TERMS, ToolTerms
 
 Event = TokenEvent | Done | Progress
 AnyEvent = Event | Failed | Cancelled
@@ -50,9 +51,9 @@ class Choice:
     messages: tuple[ChatMessage, ...] | None = None
 
     def tokens(self, model: str) -> int:
-        """Return how many tokens it may take, prompt included."""
-        request = GenerateRequest(model=model, prompt=self.prompt, messages=self.messages, sampling=self.sampling)
-        cost = expected_cost(request)
+        """Return how many tokens it may take, prompt included; raises RequestError for what no job can be."""
+        options = SubmitOptions(model=model, messages=self.messages, sampling=self.sampling)
+        cost = expected_cost(draft_request(self.prompt, options).request(model))
         return cost.prompt + cost.answer
 
 
@@ -67,6 +68,7 @@ class Order:
     tier: str | None = None
     response: str = ""
     response_format: Mapping[str, object] | None = None
+    tools: ToolTerms = NO_TERMS
     goes_on_alone: bool = False  # whether its jobs outlive the connection
 
     @property
@@ -206,6 +208,9 @@ async def _submit_one(service: Service, caller: Caller, order: Order, index: int
     )
     if order.response_format is not None:
         options["response_format"] = order.response_format
+    if order.tools.tools is not None:
+        options["tools"] = order.tools.tools
+        options["tool_choice"] = order.tools.choice
     if choice.messages is not None:
         options["messages"] = choice.messages
     if order.repeat.key is not None:

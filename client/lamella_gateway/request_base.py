@@ -27,7 +27,6 @@ ServiceTier = Literal["auto", "default", "flex"]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 UserName = Annotated[str, Field(min_length=1, max_length=128)]
 
-NO_TOOLS = "Tools are not served"
 SEED_BITS = 63
 
 

@@ -10,10 +10,18 @@ import json
 from collections.abc import Mapping
 
 from lamella import Cancelled, Done, Failed, Progress, TokenEvent
-from lamella_gateway.answer import Answer
+from lamella_gateway.answer import Added, Answer, CallItem, Item, TextItem
 from lamella_gateway.logprobs import chat_logprobs
 from lamella_gateway.response_record import ResponseRecord
-from lamella_gateway.response_shapes import ended_body, message_body, response_body, text_body
+from lamella_gateway.response_shapes import (
+    ItemStatus,
+    ended_body,
+    item_body,
+    item_id,
+    output_items,
+    response_body,
+    text_body,
+)
 
 
 class ResponseEvents:
@@ -29,11 +37,10 @@ class ResponseEvents:
     def __init__(self, response_id: str, record: ResponseRecord, created_at: float, after: int = -1) -> None:
         self._record = record
         self._base = response_body(response_id, record, created_at, "queued" if record.background else "in_progress")
-        self._item_id = response_id.replace("resp_", "msg_", 1)
-        self._answer = Answer()
+        self._answer = Answer(response_id.removeprefix("resp_"), one_call=not record.parallel_tool_calls)
         self._after = after
         self._number = 0
-        self._has_item = False
+        self._items: list[Item] = []  # those told of; the last one is open
         self._is_in_progress = False
 
     def begin(self) -> bytes:
@@ -48,21 +55,21 @@ class ResponseEvents:
         match event:
             case Progress():
                 return b""
-            case TokenEvent(text=text, logprobs=logprobs):
-                self._answer.add(event)
-                head = self._progress() + self._item()
-                if not text and not logprobs:
-                    return head
-                told = chat_logprobs(logprobs or ())
-                return head + self._text("response.output_text.delta", {"delta": text, "logprobs": told})
+            case TokenEvent():
+                added = self._answer.add(event)
+                head = self._progress()
+                if not self._items and not self._answer.may_call:
+                    head += self._open(TextItem())
+                return head + self._added(added)
             case Done() | Failed() | Cancelled():
                 return self._end(event, ended_at)
 
     def _end(self, event: Done | Failed | Cancelled, ended_at: float | None) -> bytes:
-        head = self._progress()
+        head = self._progress() + self._added(self._answer.add(event))
         if isinstance(event, Done):
-            self._answer.add(event)
-            head += self._item() + self._item_end(event.finish_reason == "stop")
+            items = output_items(self._answer, True)
+            head += b"" if self._items else self._open(items[0])
+            head += self._close("completed" if event.finish_reason == "stop" else "incomplete")
         self._base = ended_body(self._base, self._answer, event, ended_at)
         # OpenAI has no event for a cancelled response: it is incomplete, and its status says cancelled.
         names = {"completed": "completed", "failed": "failed"}
@@ -75,30 +82,59 @@ class ResponseEvents:
         self._base["status"] = "in_progress"
         return self._whole("response.in_progress")
 
-    def _item(self) -> bytes:
-        if self._has_item:
-            return b""
-        self._has_item = True
-        item = {**message_body(self._base["id"], Answer(), "in_progress"), "content": []}
-        part = text_body(Answer())
-        return self._event("response.output_item.added", {"output_index": 0, "item": item}) + self._text(
-            "response.content_part.added", {"part": part}
-        )
+    def _added(self, added: Added) -> bytes:
+        """Return the events for what came, in order."""
+        pieces = [self._arguments(call.arguments) for call in added.more]
+        if added.text or added.logprobs:
+            if not self._items or isinstance(self._items[-1], CallItem):
+                pieces.append(self._open(TextItem()))
+            told = chat_logprobs(added.logprobs)
+            pieces.append(self._text("response.output_text.delta", {"delta": added.text, "logprobs": told}))
+        for call in added.calls:
+            pieces.append(self._open(CallItem(call.id or "", call.name or "")))
+            pieces.append(self._arguments(call.arguments))
+        return b"".join(pieces)
 
-    def _item_end(self, is_complete: bool) -> bytes:
-        part = text_body(self._answer)
-        item = message_body(self._base["id"], self._answer, "completed" if is_complete else "incomplete")
-        return (
-            self._text("response.output_text.done", {"text": part["text"], "logprobs": part["logprobs"]})
-            + self._text("response.content_part.done", {"part": part})
-            + self._event("response.output_item.done", {"output_index": 0, "item": item})
-        )
+    def _open(self, item: Item) -> bytes:
+        """Return the events of a new item, and of the end of the one before it."""
+        before = self._close("completed") if self._items else b""
+        self._items.append(item)
+        index = len(self._items) - 1
+        body = item_body(self._base["id"], index, item, "in_progress")
+        if body["type"] == "message":
+            body["content"] = []
+        added = before + self._event("response.output_item.added", {"output_index": index, "item": body})
+        if isinstance(item, CallItem):
+            return added
+        return added + self._text("response.content_part.added", {"part": text_body(item)})
+
+    def _close(self, status: ItemStatus) -> bytes:
+        """Return the events of the end of the open item."""
+        index = len(self._items) - 1
+        item = self._answer.items[index] if self._answer.items else self._items[index]
+        body = item_body(self._base["id"], index, item, status)
+        if isinstance(item, CallItem):
+            told = {"name": item.name, "arguments": item.arguments}
+            last = self._of_item("response.function_call_arguments.done", told)
+        else:
+            part = text_body(item)
+            last = self._text("response.output_text.done", {"text": part["text"], "logprobs": part["logprobs"]})
+            last += self._text("response.content_part.done", {"part": part})
+        return last + self._event("response.output_item.done", {"output_index": index, "item": body})
+
+    def _arguments(self, text: str) -> bytes:
+        return self._of_item("response.function_call_arguments.delta", {"delta": text}) if text else b""
 
     def _whole(self, kind: str) -> bytes:
         return self._event(kind, {"response": self._base})
 
     def _text(self, kind: str, fields: Mapping[str, object]) -> bytes:
-        return self._event(kind, {"item_id": self._item_id, "output_index": 0, "content_index": 0, **fields})
+        return self._of_item(kind, {"content_index": 0, **fields})
+
+    def _of_item(self, kind: str, fields: Mapping[str, object]) -> bytes:
+        index = len(self._items) - 1
+        item = item_id(self._base["id"], index, self._items[index])
+        return self._event(kind, {"item_id": item, "output_index": index, **fields})
 
     def _event(self, kind: str, fields: Mapping[str, object]) -> bytes:
         number = self._number

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from lamella import ChatMessage, DecodeError, JobStatus
+from lamella import ChatMessage, Completion, DecodeError, JobStatus
 from lamella.connection import AsyncConnection
 from lamella.embedding import EmbedRequest
 from lamella.job_seal import JobSeal, seal_request
@@ -23,6 +23,7 @@ from lamella.steps import Operation, answers, commands
 from lamella_gateway.access import Caller
 from lamella_gateway.api_error import ApiError
 from lamella_gateway.response_request import ResponseRequest
+from lamella_gateway.tool_request import ResponseChoice, ResponseTool
 
 _ID = re.compile(r"resp_([0-9a-f]{32})", re.ASCII)
 _SEAL_ORIGIN = "response"  # boxes of records are made for no job, because they are closed before there is one
@@ -48,6 +49,8 @@ class ResponseRecord(Wire):
     user: str | None
     store: bool
     text_format: dict[str, object] | None = None
+    tools: tuple[dict[str, object], ...] = ()
+    tool_choice: str | dict[str, object] = "auto"
 
 
 class StoredResponse(Wire):
@@ -101,7 +104,13 @@ def record_of(asked: ResponseRequest, sampling: SamplingParams) -> ResponseRecor
         user=asked.user,
         store=asked.store is not False,
         text_format=None if asked.format is None else asked.format.model_dump(by_alias=True, exclude_none=True),
+        tools=tuple({"description": None, "strict": False, **_shown(tool)} for tool in asked.tools or ()),
+        tool_choice=asked.tool_choice if isinstance(asked.tool_choice, str) else _shown(asked.tool_choice) or "auto",
     )
+
+
+def _shown(part: ResponseTool | ResponseChoice | None) -> dict[str, object]:
+    return {} if part is None else part.model_dump(exclude_none=True)
 
 
 def encode_record(record: ResponseRecord, ring: KeyRing | None) -> str:
@@ -127,7 +136,9 @@ async def find_response(connection: AsyncConnection, caller: Caller, given: str)
     return StoredResponse(response_id=given, record=record, status=status)
 
 
-async def conversation(connection: AsyncConnection, stored: StoredResponse, output: str) -> tuple[ChatMessage, ...]:
+async def conversation(
+    connection: AsyncConnection, stored: StoredResponse, output: Completion
+) -> tuple[ChatMessage, ...]:
     """Return the messages that led to a response, and its output; its instructions do not carry over."""
     job_id = job_id_of(stored.response_id)
     text = await connection.run(_request(connection.keys, job_id))
@@ -136,7 +147,9 @@ async def conversation(connection: AsyncConnection, stored: StoredResponse, outp
     request = decode_request(JobSeal(connection.ring).open_request(text))
     messages = () if isinstance(request, EmbedRequest) else request.messages or ()
     before = messages[1:] if stored.record.has_instructions else messages
-    return (*before, ChatMessage(role="assistant", content=output))
+    calls = output.tool_calls if stored.record.parallel_tool_calls else output.tool_calls[:1]
+    said = output.text or None if calls else output.text
+    return (*before, ChatMessage(role="assistant", content=said, tool_calls=calls or None))
 
 
 def _read(keys: Keys, job_id: str) -> Operation[tuple[str | None, JobStatus | None]]:

@@ -8,29 +8,20 @@ from pydantic import Field, model_validator
 
 from lamella.messages import MAX_PROMPT_CHARS
 from lamella_gateway.answer_format import AnyFormat, ResponseFormat
-from lamella_gateway.message_text import MOST_MESSAGES, Content, Parts
-from lamella_gateway.request_base import (
-    NO_TOOLS,
-    Metadata,
-    Nothing,
-    RequestBase,
-    SamplingFields,
-    ServiceTier,
-    Text,
+from lamella_gateway.input_item import InputItem
+from lamella_gateway.message_text import MOST_MESSAGES, Content
+from lamella_gateway.request_base import Metadata, Nothing, RequestBase, SamplingFields, ServiceTier, Text
+from lamella_gateway.tool_request import (
+    WHY_CHOICE,
+    WHY_TOOLS,
+    Mode,
+    ResponseChoice,
+    ResponseTools,
+    ToolTerms,
+    tool_terms,
 )
 
 LOGPROBS = "message.output_text.logprobs"
-
-
-class InputMessage(RequestBase):
-    """One message of the input; an output message of an earlier response may be given as it is."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content | Parts
-    type: Literal["message"] | None = None
-    id: Text | None = None
-    status: Text | None = None
-    phase: Text | None = None
 
 
 class TextConfig(RequestBase):
@@ -50,10 +41,10 @@ class ResponseRequest(SamplingFields):
     """An input to be answered, now or in the background."""
 
     WHY: ClassVar[dict[str, str]] = {
-        "input": "Give text, or messages of role system, developer, user or assistant whose content is text",
-        "tools": NO_TOOLS,
-        "tool_choice": NO_TOOLS,
-        "max_tool_calls": NO_TOOLS,
+        "input": "Give text, or messages of role system, developer, user or assistant whose content is text, and calls "
+        "with their outputs",
+        "tools": WHY_TOOLS,
+        "tool_choice": WHY_CHOICE,
         "conversation": "Conversations are not kept; use previous_response_id",
         "prompt": "Prompt templates are not kept",
         "reasoning": "Reasoning cannot be configured",
@@ -70,7 +61,7 @@ class ResponseRequest(SamplingFields):
 
     input: (
         Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS)]
-        | Annotated[tuple[InputMessage, ...], Field(min_length=1, max_length=MOST_MESSAGES)]
+        | Annotated[tuple[InputItem, ...], Field(min_length=1, max_length=MOST_MESSAGES)]
     )
     instructions: Content | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -82,16 +73,16 @@ class ResponseRequest(SamplingFields):
     include: Annotated[tuple[Literal["message.output_text.logprobs"], ...], Field(max_length=4)] | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     service_tier: ServiceTier | None = None
+    tools: ResponseTools | None = None
+    tool_choice: Mode | ResponseChoice | None = None
+    parallel_tool_calls: bool | None = None
     # Accepted, and without effect.
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None
     prompt_cache_retention: Text | None = None
     prompt_cache_options: dict[str, object] | None = None
-    parallel_tool_calls: bool | None = None
     # Accepted with the values that change nothing.
     stream_options: ResponseStreamOptions | None = None
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
     max_tool_calls: int | None = Field(default=None, ge=1)
     text: TextConfig | None = None
     truncation: Literal["disabled"] | None = None
@@ -110,7 +101,13 @@ class ResponseRequest(SamplingFields):
             raise ValueError("store: a background response has to be stored; leave store out")
         if self.top_logprobs and LOGPROBS not in (self.include or ()):
             raise ValueError(f"top_logprobs needs include: ['{LOGPROBS}']")
+        _ = self.tool_terms  # they fit together, or it raises
         return self
+
+    @property
+    def tool_terms(self) -> ToolTerms:
+        """What the queue is told of tools."""
+        return tool_terms(self.tools, self.tool_choice)
 
     @property
     def format(self) -> AnyFormat | None:

@@ -11,7 +11,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from lamella import Cancelled, Done, Failed, JobState, JobStatus
-from lamella_gateway.answer import Answer
+from lamella_gateway.answer import Answer, CallItem, Item, TextItem
 from lamella_gateway.logprobs import ChatLogprob, chat_logprobs
 from lamella_gateway.response_record import ResponseRecord
 
@@ -36,6 +36,20 @@ class ResponseMessageBody(TypedDict):
     status: ItemStatus
     role: Literal["assistant"]
     content: list[TextBody]
+
+
+class ResponseCallBody(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function_call"]
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: str
+
+
+OutputBody = ResponseMessageBody | ResponseCallBody
 
 
 class InputDetails(TypedDict):
@@ -94,7 +108,7 @@ class ResponseBody(TypedDict):
     instructions: str | None
     max_output_tokens: int | None
     model: str
-    output: list[ResponseMessageBody]
+    output: list[OutputBody]
     parallel_tool_calls: bool
     previous_response_id: str | None
     metadata: dict[str, str]
@@ -102,8 +116,8 @@ class ResponseBody(TypedDict):
     store: bool
     temperature: float
     text: TextConfigBody
-    tool_choice: Literal["auto"]
-    tools: list[object]
+    tool_choice: str | dict[str, object]
+    tools: list[dict[str, object]]
     top_logprobs: int
     top_p: float
     truncation: str
@@ -141,8 +155,8 @@ def response_body(response_id: str, record: ResponseRecord, created_at: float, s
         store=record.store,
         temperature=record.temperature,
         text=TextConfigBody(format=record.text_format or {"type": "text"}),
-        tool_choice="auto",
-        tools=[],
+        tool_choice=record.tool_choice,
+        tools=list(record.tools),
         top_logprobs=record.top_logprobs or 0,
         top_p=record.top_p,
         truncation=record.truncation,
@@ -151,20 +165,42 @@ def response_body(response_id: str, record: ResponseRecord, created_at: float, s
     )
 
 
-def message_body(response_id: str, answer: Answer, status: ItemStatus) -> ResponseMessageBody:
-    """Return the message of a response."""
+def item_body(response_id: str, index: int, item: Item, status: ItemStatus) -> OutputBody:
+    """Return an item of a response's output, `index` being its place there."""
+    if isinstance(item, CallItem):
+        return ResponseCallBody(
+            id=item_id(response_id, index, item),
+            type="function_call",
+            status=status,
+            call_id=item.call_id,
+            name=item.name,
+            arguments=item.arguments,
+        )
     return ResponseMessageBody(
-        id=response_id.replace("resp_", "msg_", 1),
+        id=item_id(response_id, index, item),
         type="message",
         status=status,
         role="assistant",
-        content=[text_body(answer)],
+        content=[text_body(item)],
     )
 
 
-def text_body(answer: Answer) -> TextBody:
-    """Return the text of a response's message."""
-    return TextBody(type="output_text", text=answer.text, annotations=[], logprobs=chat_logprobs(answer.logprobs))
+def item_id(response_id: str, index: int, item: Item) -> str:
+    """Return the id of an item."""
+    kind = "fc_" if isinstance(item, CallItem) else "msg_"
+    return response_id.replace("resp_", kind, 1) + (f"_{index}" if index else "")
+
+
+def text_body(item: TextItem) -> TextBody:
+    """Return the text of a message."""
+    return TextBody(type="output_text", text=item.text, annotations=[], logprobs=chat_logprobs(item.logprobs))
+
+
+def output_items(answer: Answer, is_done: bool) -> list[Item]:
+    """Return what an ended answer consists of: an empty message at least, unless it broke off before anything came."""
+    if not answer.items and (is_done or (answer.has_begun and not answer.may_call)):
+        return [TextItem()]
+    return answer.items
 
 
 def ended_body(
@@ -187,8 +223,11 @@ def ended_body(
             body["status"] = "cancelled"
     if isinstance(end, Done):
         body["usage"] = _usage(end)
-    if answer.texts or isinstance(end, Done):
-        body["output"] = [message_body(base["id"], answer, item_status)]
+    items = output_items(answer, isinstance(end, Done))
+    body["output"] = [
+        item_body(base["id"], index, item, item_status if index == len(items) - 1 else "completed")
+        for index, item in enumerate(items)
+    ]
     return body
 
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lamella import ChatMessage, JobState
+from lamella import Cancelled, ChatMessage, Done, Failed, JobState
 from lamella_gateway import service as services
 from lamella_gateway.access import Caller, identify
 from lamella_gateway.answer import Answer
@@ -18,6 +18,7 @@ from lamella_gateway.api_error import ApiError
 from lamella_gateway.api_keys import Endpoint
 from lamella_gateway.body import parse, read_body
 from lamella_gateway.generation import Choice, Generation, Order, begin
+from lamella_gateway.input_item import input_messages
 from lamella_gateway.live_response import EVENT_STREAM, SSE_COMMENT, WHOLE, Form, LiveResponse, Pieces
 from lamella_gateway.message_text import turn
 from lamella_gateway.repeats import recognise
@@ -66,6 +67,7 @@ async def create_response(request: Request) -> Live:
         user=asked.user,
         tier=asked.service_tier,
         response_format=queue_format(asked.format),
+        tools=asked.tool_terms,
         response=encode_record(record, service.connection.ring) if record.store else "",
         goes_on_alone=record.background,
     )
@@ -143,7 +145,7 @@ async def _messages(service: Service, caller: Caller, asked: ResponseRequest) ->
         before = await _before(service, caller, asked.previous_response_id)
     if isinstance(asked.input, str):
         return (*head, *before, turn("user", asked.input))
-    return (*head, *before, *(turn(message.role, message.content) for message in asked.input))
+    return (*head, *before, *input_messages(asked.input))
 
 
 async def _before(service: Service, caller: Caller, given: str) -> tuple[ChatMessage, ...]:
@@ -160,7 +162,7 @@ async def _before(service: Service, caller: Caller, given: str) -> tuple[ChatMes
             code="previous_response_not_done",
         )
     done = await service.client.job(job_id_of(given)).result(timeout_s=READ_S)
-    return await conversation(service.connection, stored, done.text)
+    return await conversation(service.connection, stored, done)
 
 
 READ_S = 30.0  # an ended job's events are all stored
@@ -174,11 +176,11 @@ async def _body(service: Service, stored: StoredResponse) -> ResponseBody:
     )
     if status.outcome is None:
         return base
-    answer = Answer()
     job = service.client.job(job_id_of(stored.response_id))
+    answer = Answer(job.id, one_call=not stored.record.parallel_tool_calls)
     async with aclosing(job.stream(timeout_s=READ_S)) as items:
         async for item in items:
-            if item.event.type == "token":
+            if item.event.type != "embeddings":
                 answer.add(item.event)
     return ended_body(base, answer, status.outcome, status.finished_at)
 
@@ -190,14 +192,12 @@ async def _events(generation: Generation, events: ResponseEvents, ended_at: floa
 
 
 async def _whole(generation: Generation, made: str, record: ResponseRecord, created_at: float) -> Pieces:
-    answer = Answer()
+    answer = Answer(job_id_of(made), one_call=not record.parallel_tool_calls)
     base = response_body(made, record, created_at, "in_progress")
     async with aclosing(generation.raw()) as batches:
         async for batch in batches:
             for event in batch:
-                match event.type:
-                    case "token":
-                        answer.add(event)
-                    case "done" | "failed" | "cancelled":
-                        base = ended_body(base, answer, event, time.time())
+                answer.add(event)
+                if isinstance(event, Done | Failed | Cancelled):
+                    base = ended_body(base, answer, event, time.time())
     yield json.dumps(base).encode()
