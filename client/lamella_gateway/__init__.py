@@ -6,9 +6,9 @@ Files in the order in which a request flows through them:
 - `service`: what all requests share; `model_list`, `open_streams`: two of its parts; `metrics`: the gateway's counters
 - `body`: bytes to a checked request, mistakes named by field; `request_base`, `message_text`: what requests share
 - `access`: whose request it is; `api_keys`: what a key may do; `meter`: quotas and bills; `settler`: books what ended
-- `models`, `chat`, `completions`, `responses`, `health`, `documents`: the routes, a noun each
-- `chat_request`, `completion_request`, `response_request`, `input_item`, `answer_format`, `tool_request`: what is
-  accepted, and what it becomes
+- `models`, `chat`, `completions`, `embeddings`, `responses`, `health`, `documents`: the routes, a noun each
+- `chat_request`, `completion_request`, `embedding_request`, `response_request`: what is accepted; parts of it:
+  `input_item`, `answer_format`, `tool_request`
 - `repeats`: the jobs of a request that was sent before
 - `generation`: jobs of one request, submitted, followed together, cancelled; `answer`: what one of them brings
 - `live_board`, `follower`: all streams over one subscription

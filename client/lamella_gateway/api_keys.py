@@ -37,6 +37,7 @@ class Endpoint(StrEnum):
     COMPLETIONS = "completions"
     RESPONSES = "responses"
     JOBS = "jobs"
+    EMBEDDINGS = "embeddings"
 
 
 class ApiKey(Wire):

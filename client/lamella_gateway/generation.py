@@ -24,13 +24,15 @@ from lamella import (
     Progress,
     SamplingParams,
     StreamItem,
+    Usage,
 )
-from lamella.embedding import EmbeddingsEvent
+from lamella.embed_draft import EmbedOptions, draft_embed
+from lamella.embedding import EmbeddingsEvent, Pooling
 from lamella.messages import TokenEvent
 from lamella.queue_terms import expected_cost
 from lamella.request_draft import SubmitOptions, draft_request
 from lamella_gateway.access import Caller
-from lamella_gateway.api_error import ApiError, from_lamella, job_failure
+from lamella_gateway.api_error import SERVER, ApiError, from_lamella, job_failure
 from lamella_gateway.follower import Follower
 from lamella_gateway.meter import Attachment, Bill
 from lamella_gateway.repeats import Repeat, jobs_before
@@ -40,6 +42,7 @@ from lamella_gateway.tool_request import NO_TERMS, ToolTerms
 
 Event = TokenEvent | Done | Progress
 AnyEvent = Event | Failed | Cancelled
+StoredEvent = AnyEvent | EmbeddingsEvent
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,30 @@ class Choice:
     prompt: str | None = None
     messages: tuple[ChatMessage, ...] | None = None
 
-    def tokens(self, model: str) -> int:
+    def tokens(self, model: str, tools: ToolTerms = NO_TERMS) -> int:
         """Return how many tokens it may take, prompt included; raises RequestError for what no job can be."""
-        options = SubmitOptions(model=model, messages=self.messages, sampling=self.sampling)
+        options = SubmitOptions(
+            model=model,
+            messages=self.messages,
+            sampling=self.sampling,
+            tools=tools.tools,
+            tool_choice=tools.choice,
+        )
         cost = expected_cost(draft_request(self.prompt, options).request(model))
+        return cost.prompt + cost.answer
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One job of embeddings to be."""
+
+    texts: tuple[str, ...]
+    pooling: Pooling = "mean"
+    is_normalised: bool = True
+
+    def tokens(self, model: str, tools: ToolTerms = NO_TERMS) -> int:
+        """Return how many tokens it may take; raises RequestError for what no job can be."""
+        cost = expected_cost(draft_embed(model, self.texts, EmbedOptions(pooling=self.pooling)).request(model))
         return cost.prompt + cost.answer
 
 
@@ -62,7 +85,7 @@ class Order:
     """What a request asks for."""
 
     model: str
-    choices: tuple[Choice, ...]
+    choices: tuple[Choice | Texts, ...]
     repeat: Repeat
     user: str | None = None
     tier: str | None = None
@@ -96,7 +119,7 @@ class Generation:
         try:
             async with aclosing(self._events()) as events:
                 async for index, batch in events:
-                    yield [(index, _good(event)) for event in batch]
+                    yield [(index, _good(event)) for event in _answers(batch)]
         except ApiError:
             await self.cancel()
             raise
@@ -105,15 +128,33 @@ class Generation:
         """Yield the events of the only job as they come, in batches, whatever the last one is; raises ApiError."""
         async with aclosing(self._events()) as events:
             async for _, batch in events:
-                yield batch
+                yield _answers(batch)
 
-    async def _events(self) -> AsyncGenerator[tuple[int, list[AnyEvent]], None]:
+    async def vectors(self) -> tuple[EmbeddingsEvent, Usage]:
+        """Return what the only job brought, a job of embeddings.
+
+        Raises:
+            ApiError: it failed or was cancelled.
+        """
+        found, usage = None, None
+        async with aclosing(self._events()) as events:
+            async for _, batch in events:
+                for event in batch:
+                    if isinstance(event, EmbeddingsEvent):
+                        found = event
+                    elif isinstance(good := _good(event), Done):
+                        usage = good.usage
+        if found is not None and usage is not None:
+            return found, usage
+        raise ApiError(500, "the vectors are no longer stored; ask for them again", type=SERVER, code="vectors_gone")
+
+    async def _events(self) -> AsyncGenerator[tuple[int, list[StoredEvent]], None]:
         try:
             for job_id in self.job_ids:
                 self.followers.append(await self.service.board.follow(job_id))
             async with aclosing(_merged(self.followers)) as merged:
                 async for index, items in merged:
-                    yield index, [item.event for item in items if not isinstance(item.event, EmbeddingsEvent)]
+                    yield index, [item.event for item in items]
             self.service.settler.ended(self.job_ids)
         except LamellaError as error:
             raise from_lamella(error) from error
@@ -191,13 +232,15 @@ async def _admit(service: Service, caller: Caller, order: Order) -> list[Bill | 
     """Reserve what each job may use."""
     if caller.key is None:
         return [None] * len(order.choices)
-    tokens = [choice.tokens(order.model) for choice in order.choices]
+    tokens = [choice.tokens(order.model, order.tools) for choice in order.choices]
     day = await service.meter.admit(caller.key, sum(tokens))
     return [Bill(caller.key.key_id, day, each) for each in tokens]
 
 
 async def _submit_one(service: Service, caller: Caller, order: Order, index: int) -> str:
     choice = order.choices[index]
+    if isinstance(choice, Texts):
+        return await _submit_texts(service, caller, order, choice)
     options = SubmitOptions(
         model=order.model,
         sampling=choice.sampling,
@@ -218,6 +261,19 @@ async def _submit_one(service: Service, caller: Caller, order: Order, index: int
     return (await service.client.submit(choice.prompt, **options)).id
 
 
+async def _submit_texts(service: Service, caller: Caller, order: Order, choice: Texts) -> str:
+    options = EmbedOptions(
+        pooling=choice.pooling,
+        normalised=choice.is_normalised,
+        user=caller.user or order.user,
+        priority=order.priority,
+        require_worker=service.connection.ring is not None,
+    )
+    if order.repeat.key is not None:
+        options["idempotency_key"] = f"{order.repeat.key}:0"
+    return (await service.client.submit_embed(order.model, choice.texts, **options)).id
+
+
 def with_seeds(choice: Choice, count: int) -> list[Choice]:
     """Return `count` choices alike but for their seeds: the first has the one given, each other one made from it."""
     seed = choice.sampling.seed
@@ -231,6 +287,10 @@ def _seed(seed: int, index: int) -> int:
         return seed
     digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
+
+
+def _answers(batch: list[StoredEvent]) -> list[AnyEvent]:
+    return [event for event in batch if not isinstance(event, EmbeddingsEvent)]
 
 
 def _good(event: AnyEvent) -> Event:

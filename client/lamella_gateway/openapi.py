@@ -16,6 +16,8 @@ from lamella_gateway.chat_request import ChatRequest
 from lamella_gateway.chat_shapes import ChatBody
 from lamella_gateway.completion_request import CompletionRequest
 from lamella_gateway.completion_shapes import CompletionBody
+from lamella_gateway.embedding_request import EmbeddingRequest
+from lamella_gateway.embeddings import EmbeddingsBody
 from lamella_gateway.fleet_shapes import AccountBody, JobBody, JobsBody, QueuesBody, WorkersBody
 from lamella_gateway.health import LiveBody, ReadyBody
 from lamella_gateway.job_routes import MOST_JOBS
@@ -43,9 +45,9 @@ class ErrorEnvelope(TypedDict):
     error: ErrorDetail
 
 
-_REQUESTS: tuple[type, ...] = (ChatRequest, CompletionRequest, ResponseRequest)
+_REQUESTS: tuple[type, ...] = (ChatRequest, CompletionRequest, EmbeddingRequest, ResponseRequest)
 _ANSWERS: tuple[type, ...] = (
-    *(ChatBody, CompletionBody, ResponseBody, DeletedBody, ModelBody, ModelsBody),
+    *(ChatBody, CompletionBody, EmbeddingsBody, ResponseBody, DeletedBody, ModelBody, ModelsBody),
     *(AccountBody, WorkersBody, QueuesBody, JobBody, JobsBody),
     *(LiveBody, ReadyBody, ErrorEnvelope),
 )
@@ -95,6 +97,9 @@ def _paths() -> Schema:
         },
         "/v1/chat/completions": {"post": _making("createChatCompletion", "Answer a chat", ChatRequest, ChatBody)},
         "/v1/completions": {"post": _making("createCompletion", "Go on with texts", CompletionRequest, CompletionBody)},
+        "/v1/embeddings": {
+            "post": _making("createEmbedding", "Return the vectors of texts", EmbeddingRequest, EmbeddingsBody, False)
+        },
         "/v1/responses": {
             "post": _making("createResponse", "Answer an input, now or later", ResponseRequest, ResponseBody)
         },
@@ -165,11 +170,11 @@ def _stream_query() -> list[Schema]:
     ]
 
 
-def _making(name: str, summary: str, taken: type, returned: type) -> Schema:
+def _making(name: str, summary: str, taken: type, returned: type, streams: bool = True) -> Schema:
     key = _parameter(
         "Idempotency-Key", "header", {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
     )
-    made = _operation(name, summary, returned, [key], True, _MAKING)
+    made = _operation(name, summary, returned, [key], streams, _MAKING)
     made["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(taken)}}}
     return made
 

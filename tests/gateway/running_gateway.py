@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -9,6 +10,7 @@ from types import TracebackType
 import openai
 import redis
 
+from lamella.embedding import EmbeddingsEvent, EmbedRequest
 from lamella.messages import TerminalEvent, TokenEvent, decode_request
 from lamella_gateway.cli import listen, make_server
 from lamella_gateway.settings import Settings
@@ -55,6 +57,12 @@ def hello(prompt: str) -> Events:
     return token("Hel", 1), token("lo ", 2), token("there", 3), done(3)
 
 
+def _vectors(request: EmbedRequest) -> tuple[EmbeddingsEvent, TerminalEvent]:
+    """Two numbers for each text."""
+    count = len(request.texts)
+    return EmbeddingsEvent(count=count, width=2, values=base64.b64encode(bytes(8 * count)).decode()), done(0)
+
+
 class AnsweringWorker:
     """An acting worker that takes every job and says what `answer` makes of its last message or prompt."""
 
@@ -84,6 +92,9 @@ class AnsweringWorker:
                 if job_id not in seen and self.acting.claim(job_id).status == "ok":
                     seen.add(job_id)
                     request = decode_request(server.hget(keys.job(job_id), "request") or "")
+                    if isinstance(request, EmbedRequest):
+                        self.acting.emit(job_id, *_vectors(request))
+                        continue
                     prompt = request.prompt or (request.messages or ())[-1].content
                     self.prompts.append(prompt)
                     self.acting.emit(job_id, *self.answer(prompt))
