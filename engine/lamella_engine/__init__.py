@@ -28,18 +28,11 @@ In the order data flows through them:
 - `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
   layers for all sequences together; `sequence_state`, `state_pool`, `prompt_step`, `stepwise`: the
   same for families that keep states.
-<<<<<<< HEAD
 - `grammar`, `tool_format`, `adjustments`, `sampler`, `text`, `detokenizer`: from logits to tokens to text, in a format
   where one is asked for.
-- `admission`, `sequence`, `scheduler`, `sweep_thread`, `engine`: who rides which sweep; `sequence_types` and `options`
-  are what callers see.
-- `embedding_job`: texts that ride along for their hidden states.
-=======
-- `sampler`, `text`, `detokenizer`: from logits to tokens to text.
-- `sequence`, `scheduler`, `sweep_thread`, `outbox`, `engine`: who rides which sweep; `sequence_types` and `options` are
-  what callers see.
+- `admission`, `sequence`, `scheduler`, `sweep_thread`, `outbox`, `engine`: who rides which sweep; `sequence_types` and
+  `options` are what callers see; `embedding_job`: texts that ride along for their hidden states.
 - `shared_budget`, `sweep_turns`, `engine_group`: several models on one device, in turns.
->>>>>>> d613353 (Several models on one device: operations, decision, example, changelog)
 - `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
 - `texts`, `quality_text`, `quality_pair`, `row_logits`, `quality_figures`, `quality`: what a packed model loses, by the
   logits of many rows of a sweep.
