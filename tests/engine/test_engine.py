@@ -224,7 +224,7 @@ def test_a_failed_sweep_ends_its_sequences_and_the_next_one_works(
 ) -> None:
     sharded = ShardStore(tmp_path).ensure("tiny", source=tiny_llama_dir)
     path = sharded.layers[2].path
-    whole = path.read_bytes()
+    whole, status = path.read_bytes(), path.stat()
     options = EngineOptions(store=tmp_path, device="cpu", ram=0)
     sampling = Sampling(max_tokens=24, ignore_eos=True)
 
@@ -235,6 +235,7 @@ def test_a_failed_sweep_ends_its_sequences_and_the_next_one_works(
         failed = gather(engine, {"a", "b"})
         with path.open("r+b") as file:
             file.write(whole)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if the disk had failed for a moment
         after = generate(engine, PROMPTS[1], sampling)
 
         assert {outcome.finished.error_code for outcome in failed.values() if outcome.finished} == {"engine"}
@@ -262,8 +263,13 @@ def test_closing_while_sequences_run_does_not_hang(options: EngineOptions) -> No
     assert engine._thread.join(timeout=0)
 
 
-def test_an_altered_shard_is_refused_when_the_engine_opens(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    sharded = ShardStore(tmp_path).ensure("tiny", source=tiny_llama_dir)
+def test_an_altered_shard_that_cannot_be_built_again_is_refused_when_the_engine_opens(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama_dir, source)
+    sharded = ShardStore(tmp_path).ensure("tiny", source=source)
+    shutil.rmtree(source)
     with sharded.layers[1].path.open("r+b") as file:
         file.seek(sharded.layers[1].data_start + 1000)
         byte = file.read(1)

@@ -145,7 +145,7 @@ def test_a_failed_sweep_ends_its_sequences_and_the_next_one_works(
 ) -> None:
     sharded = ShardStore(tmp_path).ensure("tiny", source=tiny_checkpoint("recurrent_gemma"))
     path = sharded.layers[2].path
-    whole = path.read_bytes()
+    whole, status = path.read_bytes(), path.stat()
 
     with Engine.open("tiny", EngineOptions(store=tmp_path, device="cpu", sweep_tokens=64, ram=0)) as engine:
         expected = generate(engine, PROMPTS[1], GREEDY).token_ids
@@ -155,6 +155,7 @@ def test_a_failed_sweep_ends_its_sequences_and_the_next_one_works(
         failed = gather(engine, {"a", "b"})
         with path.open("r+b") as file:
             file.write(whole)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if the disk had failed for a moment
         after = generate(engine, PROMPTS[1], GREEDY)
 
         assert {outcome.finished.error_code for outcome in failed.values() if outcome.finished} == {"engine"}
