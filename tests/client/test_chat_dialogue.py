@@ -140,6 +140,7 @@ def test_ctrl_c_cancels_the_answer_and_stays(chat: Callable[..., Terminal], work
         terminal.see("(cancelled; /retry asks again)")
         terminal.type("short\n")
         terminal.see("<short>")
+        terminal.see("> ")  # until then Ctrl-C would be about the answer
         os.kill(terminal.process.pid, signal.SIGINT)
         terminal.see("(Ctrl-D ends the chat)")
         assert terminal.leave() == 0

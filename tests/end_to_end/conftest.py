@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,17 @@ from lamella.client import Client
 from lamella.embedded import EmbeddedServer
 from lamella_engine import ShardStore
 from tests.end_to_end.fleet import Fleet
+from tests.fixtures.servers import require_embedded
 
 SOLO, PAIR = "tiny-solo", "tiny-pair"  # one model under two names: served by one worker, and by two
+
+
+@pytest.fixture(scope="session")
+def session_server() -> Iterator[EmbeddedServer]:
+    """A server of their own, because their workers live on and would answer for those of other tests."""
+    require_embedded()
+    with tempfile.TemporaryDirectory(prefix="lamella-") as directory, EmbeddedServer(Path(directory) / "d") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
