@@ -8,9 +8,26 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 
+from lamella.client import Client
+from lamella.embedded import EmbeddedServer
 from tests.client.acting_worker import ActingWorker
 from tests.client.queue_service import Service
 from tests.waiting import wait_until
+
+
+@pytest.fixture
+def client(embedded_server: EmbeddedServer) -> Iterator[Client]:
+    """A client of an empty server."""
+    with Client(embedded_server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def worker(embedded_redis: redis.Redis) -> ActingWorker:
+    """An announced worker of that server, which does what tests tell it."""
+    worker = ActingWorker(embedded_redis)
+    worker.announce()
+    return worker
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import redis
 
 from lamella import AsyncClient, AsyncJob, Client, Job
 from lamella.embedded import EmbeddedServer
@@ -30,13 +29,6 @@ from tests.client.acting_worker import MODEL, ActingWorker, failed, token
 async def client(embedded_server: EmbeddedServer) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(embedded_server.url) as client:
         yield client
-
-
-@pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
 
 
 def public(kind: type) -> set[str]:

@@ -26,13 +26,6 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
-
-
-@pytest.fixture
 def run(embedded_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a batch of the test's own directory, in this process."""
     monkeypatch.setenv("LAMELLA_REDIS_URL", embedded_server.url)

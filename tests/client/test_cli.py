@@ -13,7 +13,6 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-import redis
 import typer
 from typer.testing import CliRunner, Result
 
@@ -44,13 +43,6 @@ def run(embedded_server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.Mon
         return result
 
     return run
-
-
-@pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
 
 
 def error_of(result: Result, exit_code: int) -> str:

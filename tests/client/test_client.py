@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,19 +33,6 @@ from tests.client.lossy_proxy import LossyProxy
 from tests.waiting import wait_until
 
 KEYS = Keys()
-
-
-@pytest.fixture
-def client(embedded_server: EmbeddedServer) -> Iterator[Client]:
-    with Client(embedded_server.url) as client:
-        yield client
-
-
-@pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
 
 
 def in_background(work: threading.Thread) -> threading.Thread:

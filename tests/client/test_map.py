@@ -18,19 +18,6 @@ from tests.waiting import wait_until
 
 
 @pytest.fixture
-def client(embedded_server: EmbeddedServer) -> Iterator[Client]:
-    with Client(embedded_server.url) as client:
-        yield client
-
-
-@pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
-
-
-@pytest.fixture
 def answering(worker: ActingWorker) -> Iterator[AnsweringWorker]:
     with AnsweringWorker(worker) as answering:
         yield answering

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import redis
@@ -16,19 +15,6 @@ from lamella.keys import Keys
 from tests.client.acting_worker import MODEL, ActingWorker
 
 KEYS = Keys()
-
-
-@pytest.fixture
-def client(embedded_server: EmbeddedServer) -> Iterator[Client]:
-    with Client(embedded_server.url) as client:
-        yield client
-
-
-@pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
 
 
 def test_the_terms_of_a_job_show_in_its_status(client: Client, worker: ActingWorker) -> None:

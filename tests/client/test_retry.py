@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import redis
@@ -20,19 +19,6 @@ from tests.client.acting_worker import MODEL, ActingWorker, done, failed, token
 
 KEYS = Keys()
 TEXT = ["One", " two", " three"]
-
-
-@pytest.fixture
-def client(embedded_server: EmbeddedServer) -> Iterator[Client]:
-    with Client(embedded_server.url) as client:
-        yield client
-
-
-@pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
 
 
 @pytest.fixture

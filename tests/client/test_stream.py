@@ -30,13 +30,6 @@ def client(embedded_server: EmbeddedServer) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
-
-
 class Follower(threading.Thread):
     """Reads a stream to its end in a thread of its own, as a user's program would."""
 

@@ -10,7 +10,6 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import redis
@@ -25,19 +24,6 @@ from lamella.embedded import EmbeddedServer
 from lamella.messages import WorkerInfo
 from tests.client.acting_worker import MODEL, ActingWorker
 from tests.waiting import wait_until
-
-
-@pytest.fixture
-def client(embedded_server: EmbeddedServer) -> Iterator[Client]:
-    with Client(embedded_server.url) as client:
-        yield client
-
-
-@pytest.fixture
-def worker(embedded_redis: redis.Redis) -> ActingWorker:
-    worker = ActingWorker(embedded_redis)
-    worker.announce()
-    return worker
 
 
 def beat(worker: ActingWorker, info: WorkerInfo, **changes: object) -> None:

@@ -60,15 +60,23 @@ class Blockwise(Format):
         for chunk in row_chunks(rows, columns, _at_once(_ENCODED_AT_ONCE, tensor.device)):
             padded = torch.nn.functional.pad(numbers[chunk].to(torch.float32), (0, -columns % BLOCK))
             blocks = padded.view(-1, blocks_in(columns), BLOCK)
-            if not bool(torch.isfinite(blocks).all()):
-                raise CheckpointError(
-                    f"a weight holds infinities or not-a-numbers, which {self.name} has no code for. The checkpoint is "
-                    "damaged, or its tensor has to stay in full precision: give it 'full' by its name"
-                )
+            self.check_finite(blocks)
             packed = self.encode_blocks(blocks)
             codes[chunk] = packed[0][:, : codes.shape[1]]
             scales[chunk], exponents[chunk] = packed[1], packed[2]
         return parts
+
+    def check_finite(self, numbers: torch.Tensor) -> None:
+        """Refuse numbers that no code stands for.
+
+        Raises:
+            CheckpointError: some are infinite, or not numbers.
+        """
+        if not bool(torch.isfinite(numbers).all()):
+            raise CheckpointError(
+                f"a weight holds infinities or not-a-numbers, which {self.name} has no code for. The checkpoint is "
+                "damaged, or its tensor has to stay in full precision: give it 'full' by its name"
+            )
 
     def decode(self, parts: Parts, out: torch.Tensor) -> None:
         """See `Format.decode`."""

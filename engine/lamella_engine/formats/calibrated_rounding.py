@@ -49,11 +49,7 @@ def encode_calibrated(format: FourBit, weight: torch.Tensor, feedback: Feedback)
     """
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.to(torch.float32), (0, -columns % BLOCK))
-    if not bool(torch.isfinite(padded).all()):
-        raise CheckpointError(
-            f"a weight holds infinities or not-a-numbers, which {format.name} has no code for. The checkpoint is "
-            "damaged, or its tensor has to stay in full precision: give it 'full' by its name"
-        )
+    format.check_finite(padded)
     kept = kept_bits(padded.view(rows, -1, BLOCK).abs().amax(dim=-1), is_rounded_up=False)
     exponents = row_exponents(kept)
     codes = torch.empty_like(padded, dtype=torch.uint8)
