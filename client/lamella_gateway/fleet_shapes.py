@@ -12,8 +12,7 @@ from typing_extensions import TypedDict
 
 from lamella import Done, Failed, JobStatus, WorkerInfo
 from lamella.registry_calls import ATTEMPTS_EXHAUSTED
-
-STUCK_S = 60.0  # without a sweep while jobs run
+from lamella.worker_state import WorkerState, worker_state
 
 
 class AccountBody(TypedDict):
@@ -65,7 +64,7 @@ class WorkerBody(TypedDict):
     host: str
     device: str
     version: str
-    state: Literal["busy", "idle", "draining", "stuck", "starting", "failed"]
+    state: WorkerState
     models: list[ServedModelBody]
     slots: int
     running: int
@@ -161,7 +160,7 @@ def worker_body(worker: WorkerInfo, now: float) -> WorkerBody:
         host=worker.host,
         device=worker.device,
         version=worker.version,
-        state=_state(worker, now),
+        state=worker_state(worker, now),
         models=[
             ServedModelBody(
                 name=model.name,
@@ -235,17 +234,6 @@ def _plan(worker: WorkerInfo) -> TierBytes | None:
         return None
     disk, ram, vram = (round(total / worker.sweeps) for total in worker.tier_bytes)
     return TierBytes(vram=vram, ram=ram, disk=disk)
-
-
-def _state(worker: WorkerInfo, now: float) -> Literal["busy", "idle", "draining", "stuck", "starting", "failed"]:
-    process = worker.engine_process
-    if worker.draining:
-        return "draining"
-    if process is not None and process.state != "ready":
-        return process.state
-    if worker.running == 0:
-        return "idle"
-    return "stuck" if now - (worker.last_sweep_at or now) > STUCK_S else "busy"
 
 
 def clock() -> float:

@@ -15,9 +15,9 @@ from lamella import operations
 from lamella.connection import Connection
 from lamella.messages import JobState, JobStatus, WorkerInfo
 from lamella.queue_counts import oldest_waiting, queue_counts
+from lamella.worker_state import worker_state
 
 MODELS_SHOWN = 50
-STUCK_S = 60.0  # without a sweep while jobs run
 
 
 class WorkerRow(BaseModel):
@@ -176,16 +176,10 @@ def _tier_rates(
 
 
 def _state(worker: WorkerInfo, now: float) -> str:
-    process = worker.engine_process
-    if worker.draining:
-        return "draining"
-    if process is not None and process.state != "ready":
-        return process.state
-    if worker.running == 0:
-        return "idle"
-    if worker.last_sweep_at is not None and now - worker.last_sweep_at > STUCK_S:
+    state = worker_state(worker, now)
+    if state == "stuck" and worker.last_sweep_at is not None:
         return f"no sweep for {now - worker.last_sweep_at:.0f} s"
-    return "busy"
+    return state
 
 
 def _turn(job: JobStatus) -> int:
