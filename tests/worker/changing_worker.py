@@ -25,6 +25,7 @@ from lamella_worker.process import WorkerProcess, admitted_models, host_opener
 from lamella_worker.serving import Serving
 from lamella_worker.supervisor import EngineSpec
 from lamella_worker.worker_error import WorkerError
+from tests.waiting import wait_until
 from tests.worker.scripted_child import scripted_command
 
 
@@ -52,11 +53,12 @@ class ChangingWorker:
         return answer
 
     def engines_pid(self) -> int:
+        """The engines' process, which a heartbeat says some time after they have opened."""
+        return wait_until(self._announced_pid)
+
+    def _announced_pid(self) -> int | None:
         info = self.info()
-        assert info is not None
-        assert info.engine_process is not None
-        assert info.engine_process.pid is not None
-        return info.engine_process.pid
+        return None if info is None or info.engine_process is None else info.engine_process.pid
 
 
 def main(path: str, kind: str) -> int:
