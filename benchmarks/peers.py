@@ -79,25 +79,31 @@ def measure_peer(kind: str, spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _load(kind: str, peer: PeerSpec, device: torch.device) -> _Loaded:
     if kind == "transformers":
         return _load_transformers(peer, device)
-    if kind in ("airllm", "airllm-no-cleanup"):
-        return _load_airllm(peer, without_cleanup=kind != "airllm")
+    if kind.startswith("airllm"):
+        return _load_airllm(peer, without_cleanup=kind.endswith("-no-cleanup"), packed_4bit="-4bit" in kind)
     raise ValueError(f"there is no peer {kind!r}")
 
 
-def _load_airllm(peer: PeerSpec, *, without_cleanup: bool) -> _Loaded:
+def _load_airllm(peer: PeerSpec, *, without_cleanup: bool, packed_4bit: bool) -> _Loaded:
     import airllm
     from airllm import airllm_base
 
     if without_cleanup:
         airllm_base.clean_memory = lambda: None  # gc.collect, malloc_trim and empty_cache after every module
     model = airllm.AutoModel.from_pretrained(
-        peer.checkpoint, device=peer.device, layer_shards_saving_path=str(Path(peer.work_dir) / "airllm")
+        peer.checkpoint,
+        device=peer.device,
+        layer_shards_saving_path=str(Path(peer.work_dir) / "airllm"),
+        compression="4bit" if packed_4bit else None,
     )
     is_tied = bool(model.tie_word_embeddings)
+    own_files = sorted(Path(model.checkpoint_path).glob("*.safetensors"))
     sizes = tensor_bytes(Path(peer.checkpoint))
     streamed = sum(nbytes for name, nbytes in sizes.items() if not (is_tied and "embed_tokens" in name))
-    facts = {"airllm": importlib.metadata.version("airllm"), "cleanup": not without_cleanup}
-    own_files = sorted(Path(model.checkpoint_path).glob("*.safetensors"))
+    facts: dict[str, Any] = {"airllm": importlib.metadata.version("airllm"), "cleanup": not without_cleanup}
+    if packed_4bit:
+        streamed = sum(file.stat().st_size for file in own_files)
+        facts["compression"] = "4bit"
     return _Loaded(model.model, model.generate, streamed, own_files, facts)
 
 

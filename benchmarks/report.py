@@ -115,9 +115,9 @@ def _against_peers(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def entrants(results: dict[str, Any]) -> list[Entrant]:
-    """Everyone with tokens for the first prompt, the reference first."""
+    """Everyone with tokens for the first prompt, the reference first; not who changes the weights."""
     found = []
-    peers = results.get("peers", {})
+    peers = {name: peer for name, peer in results.get("peers", {}).items() if "compression" not in peer}
     for name in sorted(peers, key=lambda peer: REFERENCES.index(peer) if peer in REFERENCES else len(REFERENCES)):
         for count, run in peers[name].get("sequences", {}).items():
             if run.get("token_ids"):

@@ -39,6 +39,7 @@ from benchmarks.stage import run_stage
 TIERS = ("ram", "disk", "resident")
 PEERS = {
     "airllm": ("airllm-no-cleanup", "airllm"),
+    "airllm-4bit": ("airllm-4bit-no-cleanup", "airllm-4bit"),  # needs bitsandbytes; its tokens are its own
     "accelerate": ("accelerate-ram", "accelerate-disk"),
     "transformers": ("transformers",),
 }
@@ -231,7 +232,7 @@ def _measure_peer(run: Run, kind: str, checkpoint: Path, prompts: list[list[int]
     if kind == "accelerate-ram" and arguments.device == "cpu":
         run.say(f"{kind}: left out, on a CPU there is no device to offload from")
         return
-    kept = arguments.airllm_tokens if kind == "airllm" else arguments.tokens
+    kept = arguments.airllm_tokens if kind in ("airllm", "airllm-4bit") else arguments.tokens
     spec = {
         "checkpoint": str(checkpoint),
         "device": arguments.device,

@@ -158,6 +158,16 @@ def test_tokens_are_compared_with_plain_transformers_and_the_first_difference_is
     assert differences(results)[0].shared_ids == [5, 6]
 
 
+def test_tokens_of_a_peer_that_changes_the_weights_are_not_compared() -> None:
+    results = _figures()
+    results["peers"]["airllm"]["compression"] = "4bit"
+
+    outcome = compare_tokens(results)
+
+    assert "airllm N=1" not in outcome["compared"]
+    assert derive(results)["against_peers"]["ram"]["airllm"] == 60.0
+
+
 def test_ratios_compare_cold_with_cold_and_warm_with_warm() -> None:
     derived = derive(_figures())
 
