@@ -18,7 +18,7 @@ from lamella_engine.cli import app
 from lamella_engine.convert import ModelPlan, plan
 from lamella_engine.errors import CheckpointError, EngineError, ModelNotFound, OptionError
 from lamella_engine.formats import calibrated_rounding, find_format
-from lamella_engine.formats.calibrated_rounding import encode_calibrated, feedback_of, spans_of
+from lamella_engine.formats.calibrated_rounding import SpanFeedback, encode_calibrated, feedback_of, spans_of
 from lamella_engine.formats.four_bit import FourBit
 from lamella_engine.layer_inputs import LayerInputs
 from lamella_engine.open_source import open_source
@@ -53,6 +53,12 @@ def feedback(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(feedback_of(part.T @ part / len(part)) for part in parts)
 
 
+def inverse_of(feedback: SpanFeedback) -> torch.Tensor:
+    """The inverse moments in the matrix's own order of columns."""
+    back = torch.argsort(feedback.order)
+    return (feedback.root.T @ feedback.root)[back][:, back]
+
+
 def expanded(format: FourBit, parts: dict[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(like)
     format.decode(parts, out)
@@ -84,6 +90,31 @@ def test_inputs_that_say_nothing_give_the_nearest_codes() -> None:
     nearest = format.encode(weight)
     assert chosen.keys() == nearest.keys()
     assert all(torch.equal(chosen[suffix], nearest[suffix]) for suffix in nearest)
+
+
+def test_columns_with_the_largest_inputs_are_rounded_first_and_the_best() -> None:
+    format = four_bit("nf4")
+    weight = torch.randn(64, 192, generator=torch.Generator().manual_seed(9))
+    inputs = correlated(192, seed=10)
+    inputs[:, 150:] *= 8
+
+    (given,) = feedback(inputs)
+    parts = encode_calibrated(format, weight, (given,))
+
+    assert set(given.order[:42].tolist()) == set(range(150, 192))
+    lost = (expanded(format, parts, weight) - weight).square().mean(dim=0)
+    assert lost[150:].mean() < lost[:150].mean()
+    plain = feedback_of(inputs.T @ inputs / len(inputs))
+    in_order = SpanFeedback(torch.arange(192), _root_in_order(inputs), plain.moments)
+    other = encode_calibrated(format, weight, (in_order,))
+    changed = [(inputs @ (expanded(format, each, weight) - weight).T).square().sum() for each in (parts, other)]
+    assert changed[0] < changed[1]
+
+
+def _root_in_order(inputs: torch.Tensor) -> torch.Tensor:
+    moments = inputs.T @ inputs / len(inputs)
+    moments += 0.01 * moments.diagonal().mean() * torch.eye(len(moments))
+    return torch.linalg.cholesky(torch.linalg.inv(moments), upper=True)
 
 
 def test_a_wide_matrix_is_rounded_in_spans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,13 +182,14 @@ def test_inputs_are_those_of_the_whole_model(family: str, tiny_checkpoint: Calla
     for index in range(len(model_plan.layers)):
         weights = layer_weights(model_plan, index)
         given = stream.measure(index, weights, [name for name in weights if weights[name].dim() == 2])
-        found |= {f"{layers_path}.{index}.{name}": roots[0] for name, roots in given.items()}
+        found |= {f"{layers_path}.{index}.{name}": inverse_of(spans[0]) for name, spans in given.items()}
         stream.go_on(index, weights)
 
     expected = moments_of(source, ids, found)
     assert {name.rsplit(".", 2)[-2] for name in found} & {"o_proj", "down_proj", "out_proj", "fc2", "dense"}
     for name, moment in expected.items():
-        torch.testing.assert_close(found[name], feedback_of(moment), rtol=2e-3, atol=2e-3, msg=lambda m, n=name: n + m)
+        inverse = inverse_of(feedback_of(moment))
+        torch.testing.assert_close(found[name], inverse, rtol=2e-3, atol=2e-3, msg=lambda m, n=name: n + m)
 
 
 def moments_of(source: Path, ids: torch.Tensor, names: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -207,7 +207,7 @@ def test_an_engine_within_the_cap_of_its_process_needs_no_more(
 def test_a_failed_sweep_leaves_the_engine_clean(tiny_llama_dir: Path, tmp_path: Path) -> None:
     sharded = ShardStore(tmp_path).ensure("tiny", source=tiny_llama_dir)
     path = sharded.layers[2].path
-    whole = path.read_bytes()
+    whole, status = path.read_bytes(), path.stat()
 
     with open_smallest(sharded, EngineOptions(store=tmp_path, ram=0)) as engine:
         before = generate(engine, PROMPTS[1], GREEDY).token_ids
@@ -216,6 +216,7 @@ def test_a_failed_sweep_leaves_the_engine_clean(tiny_llama_dir: Path, tmp_path: 
         failed = gather(engine, {"victim"})["victim"].finished
         with path.open("r+b") as file:
             file.write(whole)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if the disk had failed for a moment
         after = generate(engine, PROMPTS[1], GREEDY).token_ids
 
     assert failed is not None

@@ -53,8 +53,8 @@ def test_tokens_are_those_of_the_expanded_model(quant: str, place: str, wide: Pa
         assert engine._model._graphs.is_enabled
 
 
-def open_at(place: str, sharded: ShardedModel, root: Path) -> Engine:
-    """With all layers on the card, expanded or packed, or all streamed from RAM or disk."""
+def open_at(place: str, sharded: ShardedModel, root: Path, dtype: torch.dtype = torch.float32) -> Engine:
+    """With all layers on the card, expanded or packed, or all streamed from RAM or disk; `dtype` is computed in."""
     options = EngineOptions(
         store=root, max_sequences=4, sweep_tokens=64, kv_tokens=512, ram=0 if place == "disk" else "auto"
     )
@@ -62,7 +62,7 @@ def open_at(place: str, sharded: ShardedModel, root: Path) -> Engine:
         return open_smallest(sharded, options)
     if place == "expanded":
         return Engine.open_sharded(sharded, CUDA, options)
-    built = architecture.build(architecture.load_config(sharded.directory), torch.float32)
+    built = architecture.build(architecture.load_config(sharded.directory), dtype)
     sizes = sizes_of_sharded(sharded, built)
     with Engine.open_sharded(sharded, CUDA, options) as engine:
         assert engine.plan.vram is not None
@@ -98,5 +98,5 @@ def test_lossless_gives_the_tokens_of_the_model(tmp_path: Path) -> None:
     with open_at("disk", whole, tmp_path) as first:
         expected = answers(first)
     for place in ("packed", "ram", "disk"):
-        with open_at(place, packed, tmp_path) as engine:
+        with open_at(place, packed, tmp_path, torch.bfloat16) as engine:
             assert answers(engine) == expected

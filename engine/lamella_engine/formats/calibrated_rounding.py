@@ -4,11 +4,14 @@ Owns the arithmetic of one matrix. A row ``w`` is to be replaced by codes ``q`` 
 small, with ``M`` the second moments of the layer's inputs over a text: then the outputs change little, rather than the
 weights. Columns are rounded one after the other, and what a column has lost is added, as ``M`` says, to those that are
 not rounded yet (GPTQ; Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate post-training quantization for
-generative pre-trained transformers", 2022). The stored form is that of `four_bit`: expanding knows nothing of this.
-`layer_inputs` measures the moments.
+generative pre-trained transformers", 2022). Those with the largest inputs come first, while many are left that can
+make up for them. The stored form is that of `four_bit`: expanding knows nothing of this. `layer_inputs` measures the
+moments.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -17,11 +20,32 @@ from lamella_engine.formats.blockwise import CODES
 from lamella_engine.formats.four_bit import FourBit, pack_codes
 from lamella_engine.formats.scales import BLOCK, EXPONENTS, SCALES, blocks_in, kept_bits, row_exponents, scale_values
 
-Feedback = tuple[torch.Tensor, ...]
-"""For each span of a matrix's columns, float32 [columns, columns], upper triangular: how errors are made up for."""
+
+@dataclass(frozen=True)
+class SpanFeedback:
+    """How errors of one span of a matrix's columns are made up for; all on one device.
+
+    Attributes:
+        order: int64 [columns], the columns as they are rounded, those with the largest inputs first.
+        root: float32 [columns, columns], upper triangular, rows and columns in that order.
+        moments: float32 [columns], the mean square of each column's input, in the matrix's own order.
+    """
+
+    order: torch.Tensor
+    root: torch.Tensor
+    moments: torch.Tensor
+
+    def to(self, device: torch.device) -> SpanFeedback:
+        """The same on another device."""
+        return SpanFeedback(self.order.to(device), self.root.to(device), self.moments.to(device))
+
+
+Feedback = tuple[SpanFeedback, ...]
+"""For each span of a matrix's columns."""
 
 SPAN = 8192
 """Columns at most that make up for each other; a wider matrix has several such spans, so that moments stay small."""
+_AT_ONCE = 64  # columns that make up for each other one by one, before all that follow do at once
 _DAMPING = 0.01  # of the moments' mean, added to all: directions that the text hardly shows are not trusted
 _MORE_DAMPING = (1, 10, 100, 1000)  # where rounding errors of the moments leave them without a root
 
@@ -54,50 +78,44 @@ def encode_calibrated(format: FourBit, weight: torch.Tensor, feedback: Feedback)
     exponents = row_exponents(kept)
     codes = torch.empty_like(padded, dtype=torch.uint8)
     scales = torch.empty_like(kept, dtype=torch.uint8)
-    for span, root in zip(spans_of(columns), feedback, strict=True):
-        whole = slice(span.start, span.start + len(root))
-        into = codes[:, whole], scales[:, whole.start // BLOCK : whole.stop // BLOCK]
-        _round_span(format, padded[:, whole], root.to(weight.device), exponents, into)
+    for span, given in zip(spans_of(columns), feedback, strict=True):
+        whole = slice(span.start, span.start + len(given.order))
+        blocks = slice(whole.start // BLOCK, whole.stop // BLOCK)
+        own = given.to(weight.device)
+        numbers = padded[:, whole].view(rows, -1, BLOCK)
+        chosen = format.choose_scales(numbers, kept[:, blocks], exponents, own.moments.view(1, -1, BLOCK))
+        scales[:, blocks] = chosen
+        codes[:, whole] = _rounded_span(format, padded[:, whole], own, scale_values(chosen, exponents))
     packed = pack_codes(codes.view(rows, -1, BLOCK))[:, : format.code_bytes(columns)].contiguous()
     return {CODES: packed, SCALES: scales, EXPONENTS: exponents.to(torch.uint8).view(rows)}
 
 
-def _round_span(
-    format: FourBit,
-    weight: torch.Tensor,
-    feedback: torch.Tensor,
-    exponents: torch.Tensor,
-    into: tuple[torch.Tensor, torch.Tensor],
-) -> None:
-    """Round the columns of `weight`, which is changed, one after the other; codes and bytes of scales go `into`."""
-    codes, scales = into
-    diagonal = feedback.diagonal()
-    for first in range(0, weight.shape[1], BLOCK):
-        block = slice(first, first + BLOCK)
-        numbers = weight[:, block].clone()
-        kept = kept_bits(numbers.abs().amax(dim=-1, keepdim=True), is_rounded_up=False)
-        counts = diagonal[block].square().reciprocal().expand(len(numbers), 1, BLOCK)
-        chosen = format.choose_scales(numbers[:, None], kept, exponents, counts)
-        scale = scale_values(chosen, exponents)[:, 0]
-        scales[:, first // BLOCK] = chosen[:, 0]
-        errors = torch.empty_like(numbers)
-        rows_of_block = feedback[block, block]
-        for column in range(BLOCK):
-            code, value = format.round_to_codes(numbers[:, column], scale)
+def _rounded_span(format: FourBit, weight: torch.Tensor, feedback: SpanFeedback, scale: torch.Tensor) -> torch.Tensor:
+    """The codes of `weight` [rows, columns] under the `scale` of its blocks [rows, blocks], like `weight`."""
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    numbers, scale = weight[:, feedback.order], scale[:, feedback.order // BLOCK]
+    root, diagonal = feedback.root, feedback.root.diagonal()
+    for first in range(0, weight.shape[1], _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        own, own_root = numbers[:, some], root[some, some]
+        errors = torch.empty_like(own)
+        for column in range(own.shape[1]):
+            code, value = format.round_to_codes(own[:, column], scale[:, first + column])
             codes[:, first + column] = code
-            errors[:, column] = (numbers[:, column] - value) / diagonal[first + column]
-            numbers[:, column + 1 :].addr_(errors[:, column], rows_of_block[column, column + 1 :], alpha=-1)
-        weight[:, block.stop :].addmm_(errors, feedback[block, block.stop :], alpha=-1)
+            errors[:, column] = (own[:, column] - value) / diagonal[first + column]
+            own[:, column + 1 :].addr_(errors[:, column], own_root[column, column + 1 :], alpha=-1)
+        numbers[:, some.stop :].addmm_(errors, root[some, some.stop :], alpha=-1)
+    return codes[:, torch.argsort(feedback.order)]
 
 
-def feedback_of(moments: torch.Tensor) -> torch.Tensor:
-    """How errors of one span of columns are made up for: the upper triangular root of the inverse of its moments.
+def feedback_of(moments: torch.Tensor) -> SpanFeedback:
+    """How errors of one span of columns are made up for: the triangular root of the inverse of its moments.
 
     Args:
         moments: float32 [columns, columns], the mean of ``x x^T`` over the inputs.
 
     Returns:
-        float32, of a size that is a multiple of 64; columns that are not there stand alone.
+        Of a size that is a multiple of 64; columns that are not there stand alone.
 
     Raises:
         CheckpointError: the moments are no usable numbers.
@@ -108,15 +126,17 @@ def feedback_of(moments: torch.Tensor) -> torch.Tensor:
     diagonal = whole.diagonal()
     mean = float(diagonal[:size].mean()) or 1.0
     diagonal[diagonal == 0] = mean  # an input that is always zero says nothing of its column
-    before = diagonal.clone()
+    squares = diagonal.clone()
+    order = torch.argsort(squares, descending=True, stable=True)
+    whole = whole[order][:, order]
     for factor in _MORE_DAMPING:
-        diagonal.copy_(before + _DAMPING * factor * mean)
+        whole.diagonal().copy_(squares[order] + _DAMPING * factor * mean)
         root, failed = torch.linalg.cholesky_ex(whole)
         if not bool(failed):
             upper: torch.Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
             if not bool(failed) and bool(torch.isfinite(upper).all()):
-                return upper
+                return SpanFeedback(order, upper, squares)
     raise CheckpointError(
         "the inputs of a layer over the calibration text are no usable numbers; the checkpoint is damaged, or the "
         "model computes in too narrow a type: leave 'calibrated' out"
