@@ -14,10 +14,10 @@ Files in the order in which a request flows through them:
 - `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections
 - `wire`, `response_format`, `chat`, `embedding`, `messages`, `records`: what is sent and comes back, as types
 - `call_scanner`, `call_section`, `tool_calls`: calls of tools in an answer; `completion`: a finished job's text
-- `map_prompts`, `map_run`, `map_flight`: many jobs at once, results in order; `map_sync`, `map_async`, `map_away`: how
-  they are carried to the server; `map_meter`, `map_bar`: how far they are
-- `batch_lines`, `batch_body`, `batch_tasks`, `batch_order`: lines of a file as jobs; `batch_results`, `batch_files`:
-  what is written, and where to go on; `batch_run`: all of it over a client
+- `map_prompts`, `map_run`, `map_flight`, `map_closing`: many jobs at once, results in order; `map_sync`, `map_async`,
+  `map_away`: how they are carried to the server; `map_meter`, `map_bar`: how far they are
+- `batch_lines`, `batch_body`, `batch_form`, `batch_tasks`, `batch_order`: lines of a file as jobs; `batch_results`,
+  `batch_files`: what is written, and where to go on; `batch_run`: all of it over a client
 - `secret_sources`, `key_ring`, `job_seal`, `keep_time`, `acl`: passwords, encrypted jobs, what is kept, who may do what
 - `errors`: everything that is raised
 - `embedded`, `child_process`, `service_state`: a private server for `lamella up`

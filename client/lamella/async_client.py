@@ -20,6 +20,7 @@ from lamella.keys import DEFAULT_PREFIX
 from lamella.limits import LimitChanges, Limits, UserLimitChanges, UserLimits
 from lamella.map_async import drive_async
 from lamella.map_bar import shown_progress
+from lamella.map_flight import Outcome
 from lamella.map_meter import MapMeter
 from lamella.map_prompts import MapOptions, MapPrompt, PromptMap, prompt_map
 from lamella.map_run import MapRun
@@ -174,7 +175,7 @@ class AsyncClient:
         """
         return self._map(prompt_map(prompts, errors, options, self._heal_s))
 
-    async def _map(self, given: PromptMap) -> AsyncGenerator[Completion | LamellaError, None]:
+    async def _map(self, given: PromptMap) -> AsyncGenerator[Outcome, None]:
         run = MapRun(given.tasks, self._connection.keys, self._connection.ring, given.bounds)
         meter = MapMeter(given.total)
         with shown_progress(given.progress) as show:

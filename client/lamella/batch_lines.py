@@ -8,7 +8,7 @@ body asks of a job), `batch_run`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -21,11 +21,16 @@ _OPENAI_KEYS = ("custom_id", "method", "url", "body")
 
 
 class BatchUrl(StrEnum):
-    """What a line asks for; PLAIN is not OpenAI's."""
+    """What a line asks for; PLAIN is not OpenAI's. Which of them a form of lines takes is its own to say."""
 
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+    RESPONSES = "/v1/responses"
     PLAIN = "plain"
+
+
+SUBMIT_URLS = (BatchUrl.CHAT, BatchUrl.COMPLETIONS)  # those that become submits
 
 
 class BatchError(RequestError):
@@ -78,8 +83,8 @@ def raw_lines(file: BinaryIO) -> Iterator[RawLine]:
             yield RawLine(number, stripped.removeprefix(b"\xef\xbb\xbf") if number == 1 else stripped)
 
 
-def parse_line(line: RawLine) -> BatchLine:
-    """Return what a line asks.
+def parse_line(line: RawLine, urls: Sequence[BatchUrl] = SUBMIT_URLS) -> BatchLine:
+    """Return what a line asks; `urls` are those it may have.
 
     Raises:
         BatchError: it is no JSON object of one of the two forms.
@@ -102,8 +107,8 @@ def parse_line(line: RawLine) -> BatchLine:
             "invalid_line", f"method is {_shown(record.get('method'))}; only 'POST' can be", "method", custom_id
         )
     url = record.get("url")
-    if url not in (BatchUrl.CHAT.value, BatchUrl.COMPLETIONS.value):
-        known = f"{BatchUrl.CHAT.value!r} and {BatchUrl.COMPLETIONS.value!r}"
+    if url not in [each.value for each in urls]:
+        known = " and ".join(repr(each.value) for each in urls)
         raise BatchError("invalid_url", f"url is {_shown(url)}; there are {known}", "url", custom_id)
     body = record.get("body")
     if not isinstance(body, dict):

@@ -23,6 +23,7 @@ from lamella.job import Job
 from lamella.keys import DEFAULT_PREFIX
 from lamella.limits import LimitChanges, Limits, UserLimitChanges, UserLimits
 from lamella.map_bar import shown_progress
+from lamella.map_flight import Outcome
 from lamella.map_meter import MapMeter
 from lamella.map_prompts import MapOptions, MapPrompt, PromptMap, prompt_map
 from lamella.map_run import MapRun
@@ -170,7 +171,7 @@ class Client:
         """
         return self._map(prompt_map(prompts, errors, options, self._heal_s))
 
-    def _map(self, given: PromptMap) -> Generator[Completion | LamellaError, None, None]:
+    def _map(self, given: PromptMap) -> Generator[Outcome, None, None]:
         run = MapRun(given.tasks, self._connection.keys, self._connection.ring, given.bounds)
         meter = MapMeter(given.total)
         with (

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lamella.completion import Completion, CompletionBuilder
+from lamella.completion import Completion, CompletionBuilder, EmbeddingsBuilder
+from lamella.embedding import Embeddings
 from lamella.errors import JobError, LamellaError
 from lamella.key_ring import KeyRing
 from lamella.keys import Keys
@@ -17,7 +18,8 @@ from lamella.messages import Done, JobState, TokenEvent
 from lamella.steps import Commands, Operation, answers
 from lamella.stream_order import StreamOrder
 
-Outcome = Completion | LamellaError
+Brought = Completion | Embeddings
+Outcome = Brought | LamellaError
 
 
 class Flight:
@@ -32,7 +34,7 @@ class Flight:
         is_lost: its events are no longer stored.
     """
 
-    def __init__(self, place: int, job_id: str, ring: KeyRing | None) -> None:
+    def __init__(self, place: int, job_id: str, ring: KeyRing | None, *, brings_vectors: bool = False) -> None:
         self.place = place
         self.job_id = job_id
         self.tokens = 0
@@ -41,6 +43,7 @@ class Flight:
         self.is_lost = False
         self._order = StreamOrder(job_id, 0, ring)
         self._builder = CompletionBuilder(job_id)
+        self._vectors = EmbeddingsBuilder(job_id) if brings_vectors else None
         self._is_first_look = True
 
     def commands(self, keys: Keys) -> tuple[tuple[str | int, ...], ...]:
@@ -66,6 +69,9 @@ class Flight:
 
     def _read(self, raw: list[object]) -> None:
         for item in self._order.stored(raw):
+            if self._vectors is not None:
+                self.outcome = self._vectors.add(item)
+                continue
             self._builder.add(item)
             match item.event:
                 case TokenEvent(token_ids=token_ids):

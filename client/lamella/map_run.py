@@ -10,14 +10,16 @@ Every job has an idempotency key, so an operation whose answer was lost is simpl
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from lamella import operations
-from lamella.errors import JobNotFound, LamellaError, NoWorkerError, QueueFull, RequestError, ServerError
+from lamella.embed_draft import EmbedDraft
+from lamella.errors import JobCancelled, JobNotFound, LamellaError, NoWorkerError, QueueFull, RequestError, ServerError
 from lamella.key_ring import KeyRing
 from lamella.keys import Keys
+from lamella.map_closing import Closing, find_job, stop_job
 from lamella.map_flight import Flight, Outcome, look
 from lamella.messages import WorkerInfo
 from lamella.request_draft import RequestDraft
@@ -35,6 +37,10 @@ PARKED_S = 1.0  # between two tries of a model that nobody serves
 ATTEMPTS = 50  # jobs tried for one task: each leftover of an interrupted run takes one
 
 
+Draft = RequestDraft | EmbedDraft
+Submit = Callable[[Keys, Draft, KeyRing | None], Operation[str]]
+
+
 class Task(Protocol):
     """One job to be: `place` counts from 0 without gaps, though tasks may come in another order."""
 
@@ -42,7 +48,7 @@ class Task(Protocol):
     def place(self) -> int:
         """Which of all tasks it is."""
 
-    def draft(self, attempt: int) -> RequestDraft:
+    def draft(self, attempt: int) -> Draft:
         """Return the request; its idempotency key differs from attempt to attempt. Raises RequestError."""
 
 
@@ -68,7 +74,8 @@ class MapBounds(NamedTuple):
     `ahead` bounds the tasks taken whose result is not delivered yet (None: four times those under way); `silence_s`
     ends a run that hears nothing, `away_s` one whose server is away; a model that nobody serves is waited for
     `grace_s`. With `resumes` the idempotency keys may be those of an earlier run, so a job that was cancelled before
-    it was looked at is taken for a leftover and replaced.
+    it was looked at is taken for a leftover and replaced. With `leaves` the jobs under way go on when the run is left
+    early: the same run, begun again, finds them.
     """
 
     in_flight: int | None = None
@@ -77,13 +84,25 @@ class MapBounds(NamedTuple):
     away_s: float = 60.0
     grace_s: float = 0.0
     resumes: bool = False
+    leaves: bool = False
 
 
 class MapRun:
-    """The state of one run; changed only by its driver."""
+    """The state of one run; changed only by its driver, which sends each job with `submit`."""
 
-    def __init__(self, tasks: Iterator[Task], keys: Keys, ring: KeyRing | None, bounds: MapBounds) -> None:
+    def __init__(
+        self,
+        tasks: Iterator[Task],
+        keys: Keys,
+        ring: KeyRing | None,
+        bounds: MapBounds,
+        submit: Submit = operations.submit,
+    ) -> None:
         self.bounds = bounds
+        self._send_job = submit
+        self._closing: Closing | None = None
+        self._stopped: set[int] = set()  # places of jobs that are to end at once
+        self._searched = 0
         self._tasks = tasks
         self._keys = keys
         self._ring = ring
@@ -130,9 +149,12 @@ class MapRun:
 
     def operations(self) -> Generator[Operation[None], None, None]:
         """Yield what one round asks of the server: count slots, send jobs, look at those under way."""
-        if self.bounds.in_flight is None and time.monotonic() - self._slots_at >= SLOTS_EVERY_S:
-            yield self._count_slots()
-        yield self._send()
+        if self._closing is not None:
+            yield self._end_rest(self._closing)
+        else:
+            if self.bounds.in_flight is None and time.monotonic() - self._slots_at >= SLOTS_EVERY_S:
+                yield self._count_slots()
+            yield self._send()
         flights = list(self._flights.values())
         before = self._tokens, self._ended
         for start in range(0, len(flights), LOOKED_AT_ONCE):
@@ -150,8 +172,17 @@ class MapRun:
             self._delivered += 1
             yield MapResult(place, self._results.pop(place))
 
+    def close(self, closing: Closing) -> None:
+        """Send nothing more: what has not begun ends with the closing's error, what runs is waited for if it says so.
+
+        May be called again with a closing that is stricter.
+        """
+        self._closing = closing
+
     def cancel_rest(self) -> Generator[Operation[None], None, None]:
-        """Yield what cancels the jobs that are under way."""
+        """Yield what cancels the jobs that are under way, unless they are to go on."""
+        if self.bounds.leaves:
+            return
         for flight in list(self._flights.values()):
             yield self._cancel(flight.job_id)
 
@@ -160,6 +191,32 @@ class MapRun:
             yield from operations.cancel(self._keys, job_id)
         except JobNotFound:
             return  # there is nothing to cancel
+
+    def _end_rest(self, closing: Closing) -> Operation[None]:
+        """End every task that no job was sent for, and stop the jobs that are not waited for."""
+        for task, _ in (*self._waiting, *self._parked):
+            self._end(task.place, closing.error)
+        self._waiting, self._parked = [], []
+        for flight in list(self._flights.values()):
+            if flight.place not in self._stopped and (yield from stop_job(self._keys, flight.job_id, closing)):
+                self._stopped.add(flight.place)
+        for _ in range(self.bounds.ahead or LOOKED_AT_ONCE):
+            if not self._waiting and not self._take(MOST_IN_FLIGHT):
+                return
+            task = self._waiting[0][0]
+            found = None
+            if self._searched < closing.searched:  # only an earlier run can have sent it
+                found = yield from find_job(self._keys, task, ATTEMPTS)
+                self._searched += 1
+            self._waiting.pop(0)
+            if found is None:
+                self._end(task.place, closing.error)
+            else:
+                self._follow(task, 0, found, task.draft(0))
+
+    def _follow(self, task: Task, attempt: int, job_id: str, draft: Draft) -> None:
+        self._flights[task.place] = Flight(task.place, job_id, self._ring, brings_vectors=isinstance(draft, EmbedDraft))
+        self._sent[task.place] = (task, attempt)
 
     def _count_slots(self) -> Operation[None]:
         workers = yield from operations.workers(self._keys)
@@ -187,7 +244,8 @@ class MapRun:
         """Send the first job that waits; what the server does not answer leaves it waiting, under the same key."""
         task, attempt = self._waiting[0]
         try:
-            job_id = yield from self._submit(task.draft(attempt))
+            draft = task.draft(attempt)
+            job_id = yield from self._submit(draft)
         except QueueFull as error:
             self._not_before = time.monotonic() + min(max(error.retry_after_s, 0.5), LONGEST_RETRY_S)
             return
@@ -201,8 +259,7 @@ class MapRun:
         except LamellaError as error:
             self._end(task.place, error)
         else:
-            self._flights[task.place] = Flight(task.place, job_id, self._ring)
-            self._sent[task.place] = (task, attempt)
+            self._follow(task, attempt, job_id, draft)
         self._waiting.pop(0)
 
     def _take(self, most: int) -> bool:
@@ -217,7 +274,7 @@ class MapRun:
         self._waiting.append((task, 0))
         return True
 
-    def _submit(self, draft: RequestDraft) -> Operation[str]:
+    def _submit(self, draft: Draft) -> Operation[str]:
         """Send one job; a model that served once is not asked for again, since its worker may just be coming back."""
         model = draft.model or self._default_model
         if model is None:
@@ -225,7 +282,7 @@ class MapRun:
             self._default_model = model
         must_be_served = draft.require_worker and model not in self._models
         draft = replace(draft, model=model, require_worker=must_be_served)
-        job_id = yield from operations.submit(self._keys, draft, self._ring)
+        job_id = yield from self._send_job(self._keys, draft, self._ring)
         self._models.add(model)
         self._missing_since.pop(model, None)
         return job_id
@@ -245,12 +302,19 @@ class MapRun:
             task, attempt = self._sent[flight.place]
             is_leftover = flight.is_leftover and self.bounds.resumes
             is_void = is_leftover or flight.is_lost or isinstance(flight.outcome, JobNotFound)
-            if is_void and attempt + 1 < ATTEMPTS:
+            if is_void and attempt + 1 < ATTEMPTS and self._closing is None:
                 self._forget(flight.place)
                 self._waiting.insert(0, (task, attempt + 1))
             elif flight.outcome is not None:
                 self._forget(flight.place)
-                self._end(flight.place, flight.outcome)
+                self._end(flight.place, self._told(flight, is_void=is_void))
+
+    def _told(self, flight: Flight, *, is_void: bool) -> Outcome:
+        """Return how a job ended: one that ended because of the closing says so."""
+        assert flight.outcome is not None  # noqa: S101  # looked at by the caller
+        if self._closing is not None and (is_void or isinstance(flight.outcome, JobCancelled)):
+            return self._closing.error
+        return flight.outcome
 
     def _forget(self, place: int) -> None:
         del self._flights[place]

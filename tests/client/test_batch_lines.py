@@ -8,6 +8,7 @@ import json
 import pytest
 
 from lamella.batch_body import BodyDefaults, submit_arguments
+from lamella.batch_form import SubmitForm
 from lamella.batch_lines import MAX_LINE_BYTES, BatchError, BatchUrl, RawLine, parse_line, raw_lines
 from lamella.batch_results import answer_record, error_code, error_record, read_record_id
 from lamella.batch_tasks import BatchTasks
@@ -229,7 +230,7 @@ def test_errors_have_codes() -> None:
 def test_a_custom_id_may_come_once() -> None:
     source = io.BytesIO(request() + b"\n" + request(custom_id="b") + b"\n" + request() + b"\n")
 
-    tasks = {task.number: task for task in BatchTasks(source, "0" * 16, BodyDefaults())}
+    tasks = {task.number: task for task in BatchTasks(source, "0" * 16, SubmitForm())}
 
     assert [tasks[number].error is None for number in (1, 2, 3)] == [True, True, False]
     assert "that of line 1" in str(tasks[3].error)
@@ -238,7 +239,7 @@ def test_a_custom_id_may_come_once() -> None:
 def test_a_custom_id_of_an_earlier_run_counts() -> None:
     source = io.BytesIO(request() + b"\n" + request() + b"\n")
 
-    (task,) = BatchTasks(source, "0" * 16, BodyDefaults(), last=1)
+    (task,) = BatchTasks(source, "0" * 16, SubmitForm(), last=1)
 
     assert (task.number, task.place) == (2, 0)
     assert task.error is not None
@@ -248,7 +249,7 @@ def test_keys_differ_by_line_output_request_and_attempt() -> None:
     source = b'{"prompt": "a", "model": "m"}\n{"prompt": "a", "model": "m"}\n'
 
     def keys(name: str, source: bytes) -> list[str | None]:
-        tasks = list(BatchTasks(io.BytesIO(source), "0" * 16, BodyDefaults(), place_name=name))
+        tasks = list(BatchTasks(io.BytesIO(source), "0" * 16, SubmitForm(), place_name=name))
         return [task.draft(attempt).idempotency_key for task in tasks for attempt in (0, 1)]
 
     all_keys = [*keys("x", source), *keys("y", source), *keys("x", source.replace(b'"a"', b'"b"'))]
@@ -262,7 +263,7 @@ def test_long_lines_are_asked_first_and_alike_ones_in_their_order() -> None:
     lines = [{"prompt": f"p{place}", "model": "m", "max_tokens": length} for place, length in enumerate(lengths)]
     source = b"".join(json.dumps(line).encode() + b"\n" for line in lines) + b"nonsense\n"
 
-    tasks = list(BatchTasks(io.BytesIO(source), "0" * 16, BodyDefaults()))
+    tasks = list(BatchTasks(io.BytesIO(source), "0" * 16, SubmitForm()))
 
     assert [task.place for task in tasks] == [2, 6, 5, 0, 1, 3, 4, 7, 8]
 
@@ -270,7 +271,7 @@ def test_long_lines_are_asked_first_and_alike_ones_in_their_order() -> None:
 def test_a_window_does_not_hold_the_whole_input() -> None:
     source = io.BytesIO(b'{"prompt": "a", "model": "m"}\n' * 10_000)
 
-    tasks = iter(BatchTasks(source, "0" * 16, BodyDefaults()))
+    tasks = iter(BatchTasks(source, "0" * 16, SubmitForm()))
     next(tasks)
 
     assert source.tell() < 100_000

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lamella.batch_body import BodyDefaults
 from lamella.batch_files import BatchFiles, BatchInput, errors_path, identify
+from lamella.batch_form import SubmitForm
 from lamella.batch_run import AWAY_S, SILENCE_S, BatchReport, BatchSettings, BatchStopped, run_batch
 from lamella.cli import options
 from lamella.cli.complete import complete_model
@@ -90,7 +91,7 @@ def run(  # noqa: PLR0913  one argument for each option
         files = stack.enter_context(BatchFiles(output))
         if overwrite:
             files.clear()
-        settings = BatchSettings(defaults, in_flight, queue, timeout_s, AWAY_S)
+        settings = BatchSettings(SubmitForm(defaults, queues=queue), in_flight, timeout_s, AWAY_S)
         report = _run(client.connection, file, asked, files, settings)
     _tell(report, output, as_json=as_json)
 
