@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from lamella import Cancelled, Done, Failed, Progress, TokenEvent, TokenLogprob, Usage
+from lamella import Cancelled, Completion, Done, Failed, Progress, TokenEvent, TokenLogprob, Usage
 from lamella.tool_calls import AnswerDelta, CallDelta, ToolCallParser
 
 
@@ -73,6 +73,19 @@ class Answer:
     _parser: ToolCallParser | None = None
     _calls: list[CallItem] = field(default_factory=list)
     _untold: list[TokenLogprob] = field(default_factory=list)  # of tokens that may be text or a call
+
+    @classmethod
+    def of(cls, completion: Completion, *, one_call: bool = False) -> Answer:
+        """Return a finished job's answer; with calls, whose tokens are not told apart, without log-probabilities."""
+        calls = completion.tool_calls[:1] if one_call else completion.tool_calls
+        told = () if completion.tool_calls else completion.logprobs or ()
+        made = cls(completion.job_id, one_call, usage=completion.usage, has_begun=bool(completion.token_ids))
+        made.stop_reason = "length" if completion.finish_reason == "length" else "stop"
+        if completion.text or told:
+            made.items.append(TextItem([completion.text], list(told)))
+        made._calls = [CallItem(call.id, call.function.name, [call.function.arguments]) for call in calls]
+        made.items += made._calls
+        return made
 
     @property
     def text(self) -> str:

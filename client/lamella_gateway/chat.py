@@ -24,9 +24,10 @@ from lamella_gateway.chat_shapes import (
     message_body,
     usage_body,
 )
-from lamella_gateway.generation import Choice, Generation, Order, begin, with_seeds
+from lamella_gateway.generation import Generation, begin
 from lamella_gateway.live_response import CHUNKS, WHOLE, LiveResponse, Pieces
-from lamella_gateway.repeats import recognise
+from lamella_gateway.order import Choice, Order, with_seeds
+from lamella_gateway.repeats import NO_REPEAT, Repeat, recognise
 from lamella_gateway.service import FINGERPRINT
 
 DONE = b"data: [DONE]\n\n"
@@ -40,31 +41,54 @@ async def chat_completions(request: Request) -> LiveResponse:
     asked = parse(ChatRequest, body)
     caller.check_model(asked.model)
     info = await service.models.find(asked.model)
-    most = asked.limit or min(service.settings.default_max_tokens, info.context_length)
+    most = min(service.settings.default_max_tokens, info.context_length)
+    order = chat_order(asked, most, recognise(request, service, caller, body))
+    generation = await begin(service, caller, order)
+    if not asked.stream:
+        return LiveResponse(_whole(generation, asked), WHOLE, generation, service.settings)
+    envelope = _envelope(generation.job_ids[0], asked, "chat.completion.chunk")
+    writer = ChunkWriter(envelope, tells_usage=asked.wants_usage)
+    head = b"".join(writer.role(index) for index in range(len(generation.job_ids)))
+    return LiveResponse(_chunks(generation, asked, writer), CHUNKS, generation, service.settings, head)
+
+
+def chat_order(asked: ChatRequest, default_tokens: int, repeat: Repeat = NO_REPEAT) -> Order:
+    """Return the jobs of a chat; `default_tokens` is how long its answer may be where it does not say."""
     choice = Choice(
-        asked.choice_sampling(most, asked.num_logprobs), messages=tuple(turn.message() for turn in asked.messages)
+        asked.choice_sampling(asked.limit or default_tokens, asked.num_logprobs),
+        messages=tuple(turn.message() for turn in asked.messages),
     )
-    order = Order(
+    return Order(
         asked.model,
         tuple(with_seeds(choice, asked.n or 1)),
-        recognise(request, service, caller, body),
+        repeat,
         user=asked.user,
         tier=asked.service_tier,
         response_format=queue_format(asked.response_format),
         tools=asked.tool_terms,
     )
-    generation = await begin(service, caller, order)
-    if not asked.stream:
-        return LiveResponse(_whole(generation, asked), WHOLE, generation, service.settings)
-    writer = ChunkWriter(_envelope(generation, asked, "chat.completion.chunk"), tells_usage=asked.wants_usage)
-    head = b"".join(writer.role(index) for index in range(len(generation.job_ids)))
-    return LiveResponse(_chunks(generation, asked, writer), CHUNKS, generation, service.settings, head)
 
 
-def _envelope(generation: Generation, asked: ChatRequest, kind: str) -> dict[str, str | int]:
+def chat_body(asked: ChatRequest, answers: list[Answer]) -> ChatBody:
+    """Return what answers a chat."""
+    choices = [
+        ChatChoiceBody(
+            index=index,
+            message=message_body(answer),
+            logprobs=logprobs_body(answer.logprobs) if asked.logprobs else None,
+            finish_reason=answer.finish_reason,
+        )
+        for index, answer in enumerate(answers)
+    ]
+    usage = usage_body([answer.usage for answer in answers], shares_prompt=True)
+    envelope = _envelope(answers[0].job_id, asked, "chat.completion")
+    return {**envelope, "choices": choices, "usage": usage}  # type: ignore[typeddict-item]  # the envelope's fields are those of the body
+
+
+def _envelope(job_id: str, asked: ChatRequest, kind: str) -> dict[str, str | int]:
     tier = {} if asked.service_tier is None else {"service_tier": "flex" if asked.service_tier == "flex" else "default"}
     return {
-        "id": f"chatcmpl-{generation.job_ids[0]}",
+        "id": f"chatcmpl-{job_id}",
         "object": kind,
         "created": int(time.time()),
         "model": asked.model,
@@ -107,15 +131,4 @@ async def _whole(generation: Generation, asked: ChatRequest) -> Pieces:
         async for batch in batches:
             for index, event in batch:
                 answers[index].add(event)
-    choices = [
-        ChatChoiceBody(
-            index=index,
-            message=message_body(answer),
-            logprobs=logprobs_body(answer.logprobs) if asked.logprobs else None,
-            finish_reason=answer.finish_reason,
-        )
-        for index, answer in enumerate(answers)
-    ]
-    usage = usage_body([answer.usage for answer in answers], shares_prompt=True)
-    body: ChatBody = {**_envelope(generation, asked, "chat.completion"), "choices": choices, "usage": usage}  # type: ignore[typeddict-item]  # the envelope's fields are those of the body
-    yield json.dumps(body).encode()
+    yield json.dumps(chat_body(asked, answers)).encode()

@@ -17,10 +17,11 @@ from lamella_gateway.body import parse, read_body
 from lamella_gateway.chat_shapes import UsageBody, usage_body
 from lamella_gateway.completion_request import DEFAULT_TOKENS, CompletionRequest
 from lamella_gateway.completion_shapes import CompletionBody, CompletionChoiceBody
-from lamella_gateway.generation import Choice, Event, Generation, Order, begin, with_seeds
+from lamella_gateway.generation import Event, Generation, begin
 from lamella_gateway.live_response import CHUNKS, WHOLE, LiveResponse, Pieces
 from lamella_gateway.logprobs import completion_logprobs
-from lamella_gateway.repeats import recognise
+from lamella_gateway.order import Choice, Order, with_seeds
+from lamella_gateway.repeats import NO_REPEAT, Repeat, recognise
 from lamella_gateway.service import FINGERPRINT
 
 DONE = b"data: [DONE]\n\n"
@@ -34,18 +35,35 @@ async def completions(request: Request) -> LiveResponse:
     asked = parse(CompletionRequest, body)
     caller.check_model(asked.model)
     await service.models.find(asked.model)
-    sampling = asked.choice_sampling(asked.max_tokens or DEFAULT_TOKENS, asked.logprobs)
-    choices = [one for text in asked.prompts for one in with_seeds(Choice(sampling, prompt=text), asked.n or 1)]
-    order = Order(asked.model, tuple(choices), recognise(request, service, caller, body), user=asked.user)
+    order = completion_order(asked, recognise(request, service, caller, body))
     generation = await begin(service, caller, order)
     if asked.stream:
         return LiveResponse(_chunks(generation, asked), CHUNKS, generation, service.settings)
     return LiveResponse(_whole(generation, asked), WHOLE, generation, service.settings)
 
 
-def _body(generation: Generation, asked: CompletionRequest, created: int) -> CompletionBody:
+def completion_order(asked: CompletionRequest, repeat: Repeat = NO_REPEAT) -> Order:
+    """Return the jobs of a request: as many as it asks choices of each text."""
+    sampling = asked.choice_sampling(asked.max_tokens or DEFAULT_TOKENS, asked.logprobs)
+    choices = [one for text in asked.prompts for one in with_seeds(Choice(sampling, prompt=text), asked.n or 1)]
+    return Order(asked.model, tuple(choices), repeat, user=asked.user)
+
+
+def completion_body(asked: CompletionRequest, answers: list[Answer]) -> CompletionBody:
+    """Return what goes on with the texts."""
+    body = _body(answers[0].job_id, asked, int(time.time()))
+    for index, answer in enumerate(answers):
+        told = completion_logprobs(answer.logprobs, 0, asked.logprobs) if asked.logprobs is not None else None
+        body["choices"].append(
+            CompletionChoiceBody(index=index, text=answer.text, logprobs=told, finish_reason=answer.stop_reason)
+        )
+    body["usage"] = _usage(answers, asked)
+    return body
+
+
+def _body(job_id: str, asked: CompletionRequest, created: int) -> CompletionBody:
     return CompletionBody(
-        id=f"cmpl-{generation.job_ids[0]}",
+        id=f"cmpl-{job_id}",
         object="text_completion",
         created=created,
         model=asked.model,
@@ -67,7 +85,7 @@ def _usage(answers: list[Answer], asked: CompletionRequest) -> UsageBody:
 
 
 async def _chunks(generation: Generation, asked: CompletionRequest) -> Pieces:
-    base = _body(generation, asked, int(time.time()))
+    base = _body(generation.job_ids[0], asked, int(time.time()))
     answers = [Answer(job_id) for job_id in generation.job_ids]
     lengths = [0] * len(answers)
     async with aclosing(generation.batches()) as batches:
@@ -106,11 +124,4 @@ async def _whole(generation: Generation, asked: CompletionRequest) -> Pieces:
         async for batch in batches:
             for index, event in batch:
                 answers[index].add(event)
-    body = _body(generation, asked, int(time.time()))
-    for index, answer in enumerate(answers):
-        told = completion_logprobs(answer.logprobs, 0, asked.logprobs) if asked.logprobs is not None else None
-        body["choices"].append(
-            CompletionChoiceBody(index=index, text=answer.text, logprobs=told, finish_reason=answer.stop_reason)
-        )
-    body["usage"] = _usage(answers, asked)
-    yield json.dumps(body).encode()
+    yield json.dumps(completion_body(asked, answers)).encode()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import base64
 import json
+from array import array
+from collections.abc import Sequence
+from sys import byteorder
 from typing import Literal
 
 from starlette.requests import Request
 from typing_extensions import TypedDict
 
-from lamella.embedding import EmbeddingsEvent
+from lamella import Usage
 from lamella_gateway import service as services
 from lamella_gateway.access import identify
 from lamella_gateway.api_keys import Endpoint
 from lamella_gateway.body import parse, read_body
 from lamella_gateway.embedding_request import EmbeddingRequest
-from lamella_gateway.generation import Generation, Order, Texts, begin
+from lamella_gateway.generation import Generation, begin
 from lamella_gateway.live_response import WHOLE, LiveResponse, Pieces
-from lamella_gateway.repeats import recognise
+from lamella_gateway.order import Order, Texts
+from lamella_gateway.repeats import NO_REPEAT, Repeat, recognise
 
 
 class VectorBody(TypedDict):
@@ -52,29 +56,38 @@ async def embeddings(request: Request) -> LiveResponse:
     asked = parse(EmbeddingRequest, body)
     caller.check_model(asked.model)
     await service.models.find(asked.model)
-    texts = Texts(asked.texts, asked.pooling or "mean", is_normalised=asked.normalised is not False)
-    order = Order(asked.model, (texts,), recognise(request, service, caller, body), user=asked.user)
-    generation = await begin(service, caller, order)
+    generation = await begin(service, caller, embedding_order(asked, recognise(request, service, caller, body)))
     return LiveResponse(_whole(generation, asked), WHOLE, generation, service.settings)
 
 
-async def _whole(generation: Generation, asked: EmbeddingRequest) -> Pieces:
-    vectors, usage = await generation.vectors()
-    body = EmbeddingsBody(
+def embedding_order(asked: EmbeddingRequest, repeat: Repeat = NO_REPEAT) -> Order:
+    """Return the job of a request, one for all texts."""
+    texts = Texts(asked.texts, asked.pooling or "mean", is_normalised=asked.normalised is not False)
+    return Order(asked.model, (texts,), repeat, user=asked.user)
+
+
+def embeddings_body(asked: EmbeddingRequest, vectors: Sequence[Sequence[float]], usage: Usage) -> EmbeddingsBody:
+    """Return the vectors of a request."""
+    return EmbeddingsBody(
         object="list",
         data=[
-            VectorBody(object="embedding", index=index, embedding=each)
-            for index, each in enumerate(_encoded(vectors, asked))
+            VectorBody(object="embedding", index=index, embedding=_encoded(vector, asked))
+            for index, vector in enumerate(vectors)
         ],
         model=asked.model,
         usage=EmbeddingUsageBody(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens),
     )
-    yield json.dumps(body).encode()
 
 
-def _encoded(event: EmbeddingsEvent, asked: EmbeddingRequest) -> list[list[float] | str]:
+async def _whole(generation: Generation, asked: EmbeddingRequest) -> Pieces:
+    event, usage = await generation.vectors()
+    yield json.dumps(embeddings_body(asked, event.vectors, usage)).encode()
+
+
+def _encoded(vector: Sequence[float], asked: EmbeddingRequest) -> list[float] | str:
     if asked.encoding_format != "base64":
-        return [list(vector) for vector in event.vectors]
-    raw = base64.b64decode(event.values)
-    size = len(raw) // event.count
-    return [base64.b64encode(raw[at : at + size]).decode() for at in range(0, len(raw), size)]
+        return list(vector)
+    numbers = array("f", vector)
+    if byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(numbers.tobytes()).decode()

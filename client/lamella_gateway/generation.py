@@ -1,103 +1,42 @@
 """The jobs of one request: admitted, submitted, followed together, cancelled together.
 
-Owns how many there are (choices), whose they are, and what happens to all when one cannot be. Neighbours: `access`,
-`meter`, `repeats` (before), `live_board` (after), the routes (which turn events into answers).
+Owns what happens to all of them when one cannot be. Neighbours: `order` (which jobs there are), `access`, `meter`,
+`repeats` (before), `live_board` (after), the routes (which turn events into answers).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from lamella import (
     Cancelled,
-    ChatMessage,
     Done,
     Failed,
     JobNotFound,
     LamellaError,
-    Priority,
     Progress,
-    SamplingParams,
     StreamItem,
     Usage,
 )
-from lamella.embed_draft import EmbedOptions, draft_embed
-from lamella.embedding import EmbeddingsEvent, Pooling
+from lamella.embedding import EmbeddingsEvent
+from lamella.map_run import Draft
 from lamella.messages import TokenEvent
-from lamella.queue_terms import expected_cost
-from lamella.request_draft import SubmitOptions, draft_request
+from lamella.operations import submit
 from lamella_gateway.access import Caller
 from lamella_gateway.api_error import SERVER, ApiError, from_lamella, job_failure
 from lamella_gateway.follower import Follower
 from lamella_gateway.meter import Attachment, Bill
-from lamella_gateway.repeats import Repeat, jobs_before
-from lamella_gateway.request_base import SEED_BITS
+from lamella_gateway.order import Order, draft_cost
+from lamella_gateway.repeats import jobs_before
 from lamella_gateway.service import Service
-from lamella_gateway.tool_request import NO_TERMS, ToolTerms
 
 Event = TokenEvent | Done | Progress
 AnyEvent = Event | Failed | Cancelled
 StoredEvent = AnyEvent | EmbeddingsEvent
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One job to be: a prompt or a chat, and how its tokens are chosen."""
-
-    sampling: SamplingParams
-    prompt: str | None = None
-    messages: tuple[ChatMessage, ...] | None = None
-
-    def tokens(self, model: str, tools: ToolTerms = NO_TERMS) -> int:
-        """Return how many tokens it may take, prompt included; raises RequestError for what no job can be."""
-        options = SubmitOptions(
-            model=model,
-            messages=self.messages,
-            sampling=self.sampling,
-            tools=tools.tools,
-            tool_choice=tools.choice,
-        )
-        cost = expected_cost(draft_request(self.prompt, options).request(model))
-        return cost.prompt + cost.answer
-
-
-@dataclass(frozen=True)
-class Texts:
-    """One job of embeddings to be."""
-
-    texts: tuple[str, ...]
-    pooling: Pooling = "mean"
-    is_normalised: bool = True
-
-    def tokens(self, model: str, tools: ToolTerms = NO_TERMS) -> int:
-        """Return how many tokens it may take; raises RequestError for what no job can be."""
-        cost = expected_cost(draft_embed(model, self.texts, EmbedOptions(pooling=self.pooling)).request(model))
-        return cost.prompt + cost.answer
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a request asks for."""
-
-    model: str
-    choices: tuple[Choice | Texts, ...]
-    repeat: Repeat
-    user: str | None = None
-    tier: str | None = None
-    response: str = ""
-    response_format: Mapping[str, object] | None = None
-    tools: ToolTerms = NO_TERMS
-    goes_on_alone: bool = False  # whether its jobs outlive the connection
-
-    @property
-    def priority(self) -> Priority:
-        """The class its jobs wait in."""
-        return Priority.LOW if self.tier == "flex" else Priority.NORMAL
 
 
 @dataclass
@@ -205,8 +144,10 @@ async def begin(service: Service, caller: Caller, order: Order) -> Generation:
 
 
 async def _submit(service: Service, caller: Caller, order: Order) -> list[str]:
-    bills = await _admit(service, caller, order)
-    tasks = [asyncio.create_task(_submit_one(service, caller, order, index)) for index in range(len(order.choices))]
+    # The model was looked up a moment ago; only with encryption is there more to be sure of.
+    drafts = order.drafts(caller.user, requires_worker=service.connection.ring is not None)
+    bills = await _admit(service, caller, drafts)
+    tasks = [asyncio.create_task(_submit_one(service, draft)) for draft in drafts]
     try:
         results = await asyncio.gather(*tasks, return_exceptions=True)
     except asyncio.CancelledError:
@@ -228,65 +169,17 @@ async def _submit(service: Service, caller: Caller, order: Order) -> list[str]:
     return job_ids
 
 
-async def _admit(service: Service, caller: Caller, order: Order) -> list[Bill | None]:
+async def _admit(service: Service, caller: Caller, drafts: Sequence[Draft]) -> list[Bill | None]:
     """Reserve what each job may use."""
     if caller.key is None:
-        return [None] * len(order.choices)
-    tokens = [choice.tokens(order.model, order.tools) for choice in order.choices]
+        return [None] * len(drafts)
+    tokens = [draft_cost(draft) for draft in drafts]
     day = await service.meter.admit(caller.key, sum(tokens))
     return [Bill(caller.key.key_id, day, each) for each in tokens]
 
 
-async def _submit_one(service: Service, caller: Caller, order: Order, index: int) -> str:
-    choice = order.choices[index]
-    if isinstance(choice, Texts):
-        return await _submit_texts(service, caller, order, choice)
-    options = SubmitOptions(
-        model=order.model,
-        sampling=choice.sampling,
-        user=caller.user or order.user,
-        priority=order.priority,
-        # The model was looked up a moment ago; only with encryption is there more to be sure of.
-        require_worker=service.connection.ring is not None,
-    )
-    if order.response_format is not None:
-        options["response_format"] = order.response_format
-    if order.tools.tools is not None:
-        options["tools"] = order.tools.tools
-        options["tool_choice"] = order.tools.choice
-    if choice.messages is not None:
-        options["messages"] = choice.messages
-    if order.repeat.key is not None:
-        options["idempotency_key"] = f"{order.repeat.key}:{index}"
-    return (await service.client.submit(choice.prompt, **options)).id
-
-
-async def _submit_texts(service: Service, caller: Caller, order: Order, choice: Texts) -> str:
-    options = EmbedOptions(
-        pooling=choice.pooling,
-        normalised=choice.is_normalised,
-        user=caller.user or order.user,
-        priority=order.priority,
-        require_worker=service.connection.ring is not None,
-    )
-    if order.repeat.key is not None:
-        options["idempotency_key"] = f"{order.repeat.key}:0"
-    return (await service.client.submit_embed(order.model, choice.texts, **options)).id
-
-
-def with_seeds(choice: Choice, count: int) -> list[Choice]:
-    """Return `count` choices alike but for their seeds: the first has the one given, each other one made from it."""
-    seed = choice.sampling.seed
-    if seed is None:
-        return [choice] * count
-    return [replace(choice, sampling=choice.sampling.model_copy(update={"seed": _seed(seed, i)})) for i in range(count)]
-
-
-def _seed(seed: int, index: int) -> int:
-    if index == 0:
-        return seed
-    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
+async def _submit_one(service: Service, draft: Draft) -> str:
+    return await service.connection.run(submit(service.connection.keys, draft, service.connection.ring))
 
 
 def _answers(batch: list[StoredEvent]) -> list[AnyEvent]:

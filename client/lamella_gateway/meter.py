@@ -1,7 +1,7 @@
 """Rates, quotas and bills of API keys: what a request must pass before it makes jobs, and what is booked afterwards.
 
-Owns the calls of ``admit.lua``, ``attach.lua`` and ``settle.lua``. Neighbours: `access` (who asks), `generation` (whose
-jobs are attached), `settler` (which settles what ended).
+Owns the calls of ``admit.lua``, ``attach.lua`` and ``settle.lua``. Neighbours: `access` (who asks), `generation` and
+`billed_submit` (whose jobs are attached), `settler` (which settles what ended).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lamella.connection import AsyncConnection
-from lamella.keys import HTTP_RETRY_TTL_S
+from lamella.keys import HTTP_RETRY_TTL_S, Keys
 from lamella.operations import check_job_id
 from lamella.script_call import ScriptName, read_integer, read_items, read_text, script_call
 from lamella.steps import Operation, answers, commands
@@ -54,34 +54,16 @@ class Meter:
         Raises:
             ApiError: 429 where a rate or quota is reached, 401 where the key is gone.
         """
-        call = script_call(ScriptName.ADMIT, self._keys, (), (key.key_id, tokens), lambda raw: raw)
-        verdict, retry_ms, spent, day = read_items(await self._connection.run(_asked(call)), "admit", 4)
-        match read_text(verdict):
-            case "ok":
-                return read_integer(day)
-            case "rate":
-                raise _too_fast(key, read_integer(retry_ms) / 1000)
-            case "tokens":
-                raise _spent(key, tokens, read_integer(spent), read_integer(retry_ms) / 1000)
-        raise ApiError(401, "this API key no longer exists; ask for a new one", code="invalid_api_key")
+        return await self._connection.run(admit(self._keys, key, tokens))
 
     async def attach(self, job_id: str, attachment: Attachment) -> None:
         """Tie what the gateway knows of a job to it; harmless when repeated, and if the job is gone."""
-        args = (
-            job_id,
-            str(attachment.bill) if attachment.bill is not None else "",
-            attachment.response,
-            attachment.retry_digest,
-            attachment.retry_jobs,
-            HTTP_RETRY_TTL_S,
-        )
-        call = script_call(ScriptName.ATTACH, self._keys, (self._keys.job(job_id),), args, lambda raw: raw)
-        await self._connection.run(_asked(call))
+        await self._connection.run(attach(self._keys, job_id, attachment))
 
     async def refund(self, bill: Bill | None) -> None:
         """Give back what was reserved for a job that never came to be."""
         if bill is not None:
-            await self._connection.run(_refund(self._keys.api_day(bill.key_id, bill.day), bill.reserved))
+            await self._connection.run(give_back(self._keys, bill))
 
     async def settle(self, job_id: str) -> bool:
         """Book what a job used if it has ended; False while it has not."""
@@ -101,12 +83,51 @@ class Meter:
         return int(str(after)), [str(job_id) for job_id in ids]
 
 
+def admit(keys: Keys, key: ApiKey, tokens: int, *, is_paced: bool = True) -> Operation[int]:
+    """Count a request, reserve `tokens` for it, and return the day they count for; raises as `Meter.admit`.
+
+    With `is_paced` False its requests per minute do not hold it up.
+    """
+    pace = "paced" if is_paced else "free"
+    call = script_call(ScriptName.ADMIT, keys, (), (key.key_id, tokens, pace), lambda raw: raw)
+    verdict, retry_ms, spent, day = read_items((yield from _asked(call)), "admit", 4)
+    match read_text(verdict):
+        case "ok":
+            return read_integer(day)
+        case "rate":
+            raise _too_fast(key, read_integer(retry_ms) / 1000)
+        case "tokens":
+            raise _spent(key, tokens, read_integer(spent), read_integer(retry_ms) / 1000)
+    raise ApiError(401, "this API key no longer exists; ask for a new one", code="invalid_api_key")
+
+
+def attach(keys: Keys, job_id: str, attachment: Attachment) -> Operation[bool]:
+    """Tie what the gateway knows of a job to it; False if the job is gone."""
+    args = (
+        job_id,
+        str(attachment.bill) if attachment.bill is not None else "",
+        attachment.response,
+        attachment.retry_digest,
+        attachment.retry_jobs,
+        HTTP_RETRY_TTL_S,
+    )
+    call = script_call(ScriptName.ATTACH, keys, (keys.job(job_id),), args, lambda raw: raw)
+    return read_integer((yield from _asked(call))) == 1
+
+
+def give_back(keys: Keys, bill: Bill) -> Operation[None]:
+    """Give back what was reserved for a job that never came to be."""
+    yield commands(("DECRBY", keys.api_day(bill.key_id, bill.day), bill.reserved))
+
+
+def is_billed(keys: Keys, job_id: str) -> Operation[bool]:
+    """Return whether a job's use is booked, or will be when it has ended."""
+    raw = yield commands(("HMGET", keys.job(job_id), "billed"), ("HMGET", keys.unbilled, job_id))
+    return any(answers(each)[0] is not None for each in answers(raw))
+
+
 def _asked(call: object) -> Operation[object]:
     return (yield call)  # type: ignore[misc]  # a ScriptCall of any reply is a step
-
-
-def _refund(today: str, reserved: int) -> Operation[None]:
-    yield commands(("DECRBY", today, reserved))
 
 
 def _forget(record: str, unbilled: str, job_id: str) -> Operation[None]:

@@ -38,6 +38,9 @@ class Repeat:
     is_retry: bool
 
 
+NO_REPEAT = Repeat(None, "", False)
+
+
 def recognise(request: Request, service: Service, caller: Caller, body: bytes) -> Repeat:
     """Return how a request is known again; raises ApiError for an Idempotency-Key that cannot be one."""
     owner = "" if caller.key is None else caller.key.user
@@ -48,7 +51,7 @@ def recognise(request: Request, service: Service, caller: Caller, body: bytes) -
         return Repeat("http:" + _digest(service, "key", owner, request.url.path, given.encode()), "", False)
     count = request.headers.get(RETRY_COUNT, "")
     if not count.isdecimal():
-        return Repeat(None, "", False)
+        return NO_REPEAT
     digest = _digest(service, "body", owner, request.url.path, body)
     return Repeat(None, digest, int(count[:4]) > 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import aclosing
+from dataclasses import replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,11 +18,12 @@ from lamella_gateway.answer_format import queue_format
 from lamella_gateway.api_error import ApiError
 from lamella_gateway.api_keys import Endpoint
 from lamella_gateway.body import parse, read_body
-from lamella_gateway.generation import Choice, Generation, Order, begin
+from lamella_gateway.generation import Generation, begin
 from lamella_gateway.input_item import input_messages
 from lamella_gateway.live_response import EVENT_STREAM, SSE_COMMENT, WHOLE, Form, LiveResponse, Pieces
 from lamella_gateway.message_text import turn
-from lamella_gateway.repeats import recognise
+from lamella_gateway.order import Choice, Order
+from lamella_gateway.repeats import NO_REPEAT, Repeat, recognise
 from lamella_gateway.response_events import ResponseEvents
 from lamella_gateway.response_record import (
     ResponseRecord,
@@ -57,20 +59,13 @@ async def create_response(request: Request) -> Live:
     asked = parse(ResponseRequest, body)
     caller.check_model(asked.model)
     info = await service.models.find(asked.model)
-    most = asked.max_output_tokens or min(service.settings.default_max_tokens, info.context_length)
-    sampling = asked.base_sampling(most).model_copy(update={"logprobs": asked.num_logprobs})
-    record = record_of(asked, sampling)
-    order = Order(
-        asked.model,
-        (Choice(sampling, messages=await _messages(service, caller, asked)),),
-        recognise(request, service, caller, body),
-        user=asked.user,
-        tier=asked.service_tier,
-        response_format=queue_format(asked.format),
-        tools=asked.tool_terms,
-        response=encode_record(record, service.connection.ring) if record.store else "",
-        goes_on_alone=record.background,
-    )
+    most = min(service.settings.default_max_tokens, info.context_length)
+    before: tuple[ChatMessage, ...] = ()
+    if asked.previous_response_id is not None:
+        before = await _before(service, caller, asked.previous_response_id)
+    order, record = response_order(asked, most, before, recognise(request, service, caller, body))
+    if record.store:
+        order = replace(order, response=encode_record(record, service.connection.ring))
     generation = await begin(service, caller, order)
     made = response_id(generation.job_ids[0])
     now = time.time()
@@ -137,12 +132,29 @@ async def _stored(request: Request) -> tuple[Service, StoredResponse]:
     return service, await find_response(service.connection, caller, request.path_params["response_id"])
 
 
-async def _messages(service: Service, caller: Caller, asked: ResponseRequest) -> tuple[ChatMessage, ...]:
+def response_order(
+    asked: ResponseRequest, default_tokens: int, before: tuple[ChatMessage, ...] = (), repeat: Repeat = NO_REPEAT
+) -> tuple[Order, ResponseRecord]:
+    """Return the job of a request, and what is to be remembered of it; `before` is what it goes on from."""
+    sampling = asked.base_sampling(asked.max_output_tokens or default_tokens)
+    sampling = sampling.model_copy(update={"logprobs": asked.num_logprobs})
+    record = record_of(asked, sampling)
+    order = Order(
+        asked.model,
+        (Choice(sampling, messages=_messages(asked, before)),),
+        repeat,
+        user=asked.user,
+        tier=asked.service_tier,
+        response_format=queue_format(asked.format),
+        tools=asked.tool_terms,
+        goes_on_alone=record.background,
+    )
+    return order, record
+
+
+def _messages(asked: ResponseRequest, before: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
     """Return what the model is to read: instructions, what came before, the input."""
     head = () if asked.instructions is None else (turn("system", asked.instructions),)
-    before: tuple[ChatMessage, ...] = ()
-    if asked.previous_response_id is not None:
-        before = await _before(service, caller, asked.previous_response_id)
     if isinstance(asked.input, str):
         return (*head, *before, turn("user", asked.input))
     return (*head, *before, *input_messages(asked.input))

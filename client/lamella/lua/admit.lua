@@ -1,7 +1,7 @@
 -- Lets a request of an API key pass, and reserves the tokens it may use; or says when to try again, and books nothing.
 -- Requests are spaced evenly over the minute, and a minute's worth may come at once (the cell rate algorithm): one number
 -- says when the next one is due. Tokens count by UTC days; what a job did not use is given back by settle.lua.
--- ARGV prefix, ttl_s, key_id, tokens to reserve
+-- ARGV prefix, ttl_s, key_id, tokens to reserve, paced (else the rate does not hold it up: a line of a batch)
 -- Returns {ok|rate|tokens|missing, retry after ms, tokens used or reserved today, day}
 local id, cost = ARGV[3], tonumber(ARGV[4])
 local MINUTE, DAY = 60000, 86400000
@@ -10,7 +10,7 @@ if not key[1] then return {'missing', 0, 0, 0} end
 local now = now_ms()
 local day = math.floor(now / DAY)
 local today, bucket = string.format('%sapiday:%s:%d', P, id, day), P .. 'apirate:' .. id
-local rate, quota = tonumber(key[2] or nil), tonumber(key[3] or nil)
+local rate, quota = ARGV[5] == 'paced' and tonumber(key[2] or nil) or nil, tonumber(key[3] or nil)
 local spent = number(redis.call('GET', today))
 local gap, due = 0, 0
 if rate then
