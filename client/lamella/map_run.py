@@ -102,7 +102,8 @@ class MapRun:
         self._send_job = submit
         self._closing: Closing | None = None
         self._stopped: set[int] = set()  # places of jobs that are to end at once
-        self._searched = 0
+        self._searched = 0  # tasks looked for of those that may have been sent
+        self._unsure = 0
         self._tasks = tasks
         self._keys = keys
         self._ring = ring
@@ -177,6 +178,8 @@ class MapRun:
 
         May be called again with a closing that is stricter.
         """
+        if self._closing is None:
+            self._unsure = len(self._waiting)  # of these one may have been sent, without an answer that said so
         self._closing = closing
 
     def cancel_rest(self) -> Generator[Operation[None], None, None]:
@@ -194,9 +197,9 @@ class MapRun:
 
     def _end_rest(self, closing: Closing) -> Operation[None]:
         """End every task that no job was sent for, and stop the jobs that are not waited for."""
-        for task, _ in (*self._waiting, *self._parked):
+        for task, _ in self._parked:
             self._end(task.place, closing.error)
-        self._waiting, self._parked = [], []
+        self._parked = []
         for flight in list(self._flights.values()):
             if flight.place not in self._stopped and (yield from stop_job(self._keys, flight.job_id, closing)):
                 self._stopped.add(flight.place)
@@ -205,7 +208,7 @@ class MapRun:
                 return
             task = self._waiting[0][0]
             found = None
-            if self._searched < closing.searched:  # only an earlier run can have sent it
+            if self._searched < max(closing.searched, self._unsure):
                 found = yield from find_job(self._keys, task, ATTEMPTS)
                 self._searched += 1
             self._waiting.pop(0)

@@ -38,6 +38,7 @@ class Endpoint(StrEnum):
     RESPONSES = "responses"
     JOBS = "jobs"
     EMBEDDINGS = "embeddings"
+    BATCHES = "batches"
 
 
 class ApiKey(Wire):

@@ -23,10 +23,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lamella import LamellaError
 from lamella_gateway import (
+    batches,
     chat,
     completions,
     documents,
     embeddings,
+    files,
     fleet_routes,
     health,
     job_routes,
@@ -35,6 +37,7 @@ from lamella_gateway import (
     responses,
 )
 from lamella_gateway.api_error import SERVER, ApiError, from_lamella
+from lamella_gateway.desk import Desk
 from lamella_gateway.service import Service
 from lamella_gateway.settings import Settings
 
@@ -49,6 +52,14 @@ ROUTES = (
     Route("/v1/responses", responses.create_response, methods=["POST"]),
     Route("/v1/responses/{response_id}", responses.stored_response, methods=["GET", "DELETE"]),
     Route("/v1/responses/{response_id}/cancel", responses.cancel_response, methods=["POST"]),
+    Route("/v1/files", files.create_file, methods=["POST"]),
+    Route("/v1/files", files.list_files, methods=["GET"]),
+    Route("/v1/files/{file_id}", files.stored_file, methods=["GET", "DELETE"]),
+    Route("/v1/files/{file_id}/content", files.file_content, methods=["GET"]),
+    Route("/v1/batches", batches.create_batch, methods=["POST"]),
+    Route("/v1/batches", batches.list_batches, methods=["GET"]),
+    Route("/v1/batches/{batch_id}", batches.retrieve_batch, methods=["GET"]),
+    Route("/v1/batches/{batch_id}/cancel", batches.cancel_batch, methods=["POST"]),
     Route("/lamella/account", fleet_routes.account, methods=["GET"]),
     Route("/lamella/workers", fleet_routes.workers, methods=["GET"]),
     Route("/lamella/queues", fleet_routes.queues, methods=["GET"]),
@@ -70,8 +81,8 @@ def make_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with Service.make(settings) as service:
-            app.state.service = service
+        async with Service.make(settings) as service, Desk.make(settings) as desk:
+            app.state.service, app.state.desk = service, desk
             yield
 
     middleware = [Middleware(Counted)]

@@ -6,8 +6,6 @@ it. Neighbours: `meter` (the scripts), `batch_execution` (whose runs send their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from lamella.errors import LamellaError, QueueFull
 from lamella.key_ring import KeyRing
 from lamella.keys import Keys
@@ -23,20 +21,16 @@ from lamella_gateway.order import draft_cost
 QUOTA_RETRY_S = 2.0
 
 
-def billed_submit(key: ApiKey | None, response_of: Callable[[Draft], str] = lambda _: "") -> Submit:
-    """Return what sends a job, paid for by `key` (None: by nobody); `response_of` is the response it stands for.
+def billed_submit(key: ApiKey | None) -> Submit:
+    """Return what sends a job, paid for by `key` (None: by nobody).
 
     What it sends raises as `operations.submit` does, and QueueFull where the key's tokens for the day are used up: then
     the job waits.
     """
 
     def send(keys: Keys, draft: Draft, ring: KeyRing | None) -> Operation[str]:
-        response = response_of(draft)
         if key is None:
-            job_id = yield from submit(keys, draft, ring)
-            if response:
-                yield from attach(keys, job_id, Attachment(response=response))
-            return job_id
+            return (yield from submit(keys, draft, ring))
         before = None if draft.idempotency_key is None else (yield from prior_job(keys, draft.idempotency_key))
         if before is not None and (yield from is_billed(keys, before)):
             return before
@@ -46,7 +40,7 @@ def billed_submit(key: ApiKey | None, response_of: Callable[[Draft], str] = lamb
         except LamellaError:
             yield from give_back(keys, bill)
             raise
-        if not (yield from attach(keys, job_id, Attachment(bill, response))):
+        if not (yield from attach(keys, job_id, Attachment(bill))):
             yield from give_back(keys, bill)  # an earlier run's, which has expired
         return job_id
 

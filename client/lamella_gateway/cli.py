@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -18,6 +19,23 @@ from lamella_gateway.settings import DEFAULT_PORT, MIB, Settings, is_loopback
 
 BACKLOG = 2048
 KEEP_IDLE_S = 75  # a connection without a request is closed after so long
+
+FilesDir = Annotated[
+    Path | None,
+    typer.Option("--files-dir", help="Where files and batches are kept. Default: `gateway` in LAMELLA_STATE_DIR."),
+]
+MaxBody = Annotated[
+    int, typer.Option("--max-body-mib", min=1, help="Largest request body, in MiB; files have a bound of their own.")
+]
+MaxStreams = Annotated[
+    int, typer.Option("--max-open-streams", min=1, help="Requests that may wait for tokens at once.")
+]
+MaxRequest = Annotated[float, typer.Option("--max-request-s", min=1, help="A request that takes longer is ended.")]
+MaxFile = Annotated[int, typer.Option("--max-file-mib", min=1, help="Largest uploaded file, in MiB.")]
+MaxStorage = Annotated[
+    int, typer.Option("--max-storage-mib", min=1, help="What the files of one API key may have together, in MiB.")
+]
+MaxBatches = Annotated[int, typer.Option("--max-batches", min=1, help="Batches that run here at once.")]
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +56,19 @@ def serve(  # noqa: PLR0913  one argument for each option
     cors_origin: Annotated[
         list[str] | None, typer.Option("--cors-origin", help="Origin whose pages may call; repeatable; '*' is any.")
     ] = None,
-    max_body: Annotated[int, typer.Option("--max-body-mib", min=1, help="Largest request body, in MiB.")] = 16,
-    max_streams: Annotated[
-        int, typer.Option("--max-open-streams", min=1, help="Requests that may wait for tokens at once.")
-    ] = 2000,
-    max_request_s: Annotated[
-        float, typer.Option("--max-request-s", min=1, help="A request that takes longer is ended.")
-    ] = 3600.0,
+    max_body: MaxBody = 16,
+    max_streams: MaxStreams = 2000,
+    max_request_s: MaxRequest = 3600.0,
     max_tokens: Annotated[
         int, typer.Option("--default-max-tokens", min=1, help="Tokens of a chat or response that names no limit.")
     ] = 4096,
     grace_s: Annotated[
         float, typer.Option("--grace-s", min=0, help="Seconds that open requests may go on when it stops.")
     ] = 10.0,
+    files_dir: FilesDir = None,
+    max_file: MaxFile = 200,
+    max_storage: MaxStorage = 2048,
+    max_batches: MaxBatches = 16,
     redis_url: options.RedisUrl = None,
     prefix: options.Prefix = options.DEFAULT,
 ) -> None:
@@ -69,22 +87,30 @@ def serve(  # noqa: PLR0913  one argument for each option
             max_request_s=max_request_s,
             default_max_tokens=max_tokens,
             grace_s=grace_s,
+            files_dir=files_dir,
+            max_file_bytes=max_file * MIB,
+            max_storage_bytes=max_storage * MIB,
+            max_batches=max_batches,
         )
         server = make_server(settings)
         listener = listen(settings)
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    shown = f"[{host}]" if ":" in host else host
-    typer.echo(f"serving http://{shown}:{listener.getsockname()[1]}/v1", err=True)
-    if settings.requires_key and not is_loopback(host):
-        log.info("keys and prompts travel in the open: put a proxy that speaks TLS in front")
+    _tell(settings, listener)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _asked_to_stop)
     with listener:
         server.run(sockets=[listener])
     if not server.started:
         raise typer.Exit(1)
+
+
+def _tell(settings: Settings, listener: socket.socket) -> None:
+    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    typer.echo(f"serving http://{shown}:{listener.getsockname()[1]}/v1", err=True)
+    if settings.requires_key and not is_loopback(settings.host):
+        log.info("keys and prompts travel in the open: put a proxy that speaks TLS in front")
 
 
 def _asked_to_stop(number: int, frame: FrameType | None) -> None:

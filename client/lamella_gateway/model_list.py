@@ -47,11 +47,12 @@ class ModelList:
             check_model_name(name)
         except ValueError as error:
             raise unknown_model(name) from error
-        if await self._connection.run(_was_served(self._connection.keys, name)):
+        if await self._connection.run(was_served(self._connection.keys, name)):
             raise model_away(name)
         raise unknown_model(name)
 
 
-def _was_served(keys: Keys, name: str) -> Operation[bool]:
+def was_served(keys: Keys, name: str) -> Operation[bool]:
+    """Return whether a model was ever known here."""
     raw = yield commands(("EXISTS", keys.serving(name), keys.queue_book(name)))
     return answers(raw)[0] != 0

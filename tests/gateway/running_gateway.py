@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 import openai
@@ -25,7 +27,9 @@ class RunningGateway:
     """A gateway from enter to exit; `url` is what clients take, without the ``/v1``."""
 
     def __init__(self, redis_url: str, **settings: object) -> None:
-        given = {"redis_url": redis_url, "port": 0, "requires_key": False, "grace_s": 1.0, **settings}
+        self._files = tempfile.TemporaryDirectory(prefix="gateway-files-")
+        own = {"requires_key": False, "grace_s": 1.0, "files_dir": Path(self._files.name)}
+        given = {"redis_url": redis_url, "port": 0, **own, **settings}
         self.settings = Settings(**given)  # type: ignore[arg-type]  # each test says what it needs
         self._listener = listen(self.settings)
         self.server = make_server(self.settings)
@@ -44,6 +48,7 @@ class RunningGateway:
         self.server.should_exit = True
         self._thread.join(40)
         self._listener.close()
+        self._files.cleanup()
         assert not self._thread.is_alive()
 
     def client(self, key: str = "none", **options: object) -> openai.OpenAI:
