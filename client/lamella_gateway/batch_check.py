@@ -41,18 +41,23 @@ def check_input(
         ServerError: the queue's server did not say which models there are.
     """
     with open(source, "rb") as file:
-        return _check_lines(file, BatchTasks(file, "0" * 16, form, urls=(url,)), key, is_stopped)
+        total = 0
+        for raw in raw_lines(file):
+            total += 1
+            if total > MOST_LINES:
+                said = f"the input has more than {MOST_LINES} lines; make several batches of it"
+                return Checked(total, (BatchFault(code="too_many_lines", message=said, line=raw.number),))
+        if total == 0:
+            return Checked(0, (BatchFault(code="empty_file", message="the input has no line"),))
+        file.seek(0)
+        tasks = BatchTasks(file, "0" * 16, form, urls=(url,))
+        return Checked(total, tuple(_faults(file, tasks, key, is_stopped)))
 
 
-def _check_lines(file: BinaryIO, tasks: BatchTasks, key: ApiKey | None, is_stopped: Callable[[], bool]) -> Checked:
+def _faults(file: BinaryIO, tasks: BatchTasks, key: ApiKey | None, is_stopped: Callable[[], bool]) -> list[BatchFault]:
     faults: list[BatchFault] = []
-    total = 0
-    for raw in raw_lines(file):
-        total += 1
-        if total > MOST_LINES:
-            said = f"the input has more than {MOST_LINES} lines; make several batches of it"
-            return Checked(total, (BatchFault(code="too_many_lines", message=said, line=raw.number),))
-        if total % LOOK_EVERY == 0 and is_stopped():
+    for count, raw in enumerate(raw_lines(file)):
+        if count % LOOK_EVERY == 0 and is_stopped():
             raise BatchStopped("stopped")
         try:
             drafts = tasks.check(raw).drafts
@@ -61,9 +66,7 @@ def _check_lines(file: BinaryIO, tasks: BatchTasks, key: ApiKey | None, is_stopp
             faults.append(BatchFault(code=error.code, message=str(error), line=raw.number, param=error.param))
             if len(faults) == MOST_FAULTS:
                 break
-    if total == 0:
-        faults.append(BatchFault(code="empty_file", message="the input has no line"))
-    return Checked(total, tuple(faults))
+    return faults
 
 
 def _check_quota(tokens: int, key: ApiKey | None) -> None:

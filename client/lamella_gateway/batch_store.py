@@ -32,6 +32,10 @@ LOST_S = 600.0  # a mark without a batch, or a batch half made, is of a gateway 
 log = logging.getLogger(__name__)
 
 
+class InputGone(Exception):
+    """The input of a batch was deleted before the batch was made."""
+
+
 class BatchStore:
     """The batches of all owners below one directory, which several gateways may share."""
 
@@ -47,7 +51,7 @@ class BatchStore:
 
         Raises:
             ApiError: 503 where it cannot be kept.
-            FileNotFoundError: the input has just been deleted.
+            InputGone: the input has just been deleted.
         """
         batches = directory(self.root, record.owner, "batches")
         mark = directory(self.root, "active") / f"{record.owner}.{record.batch_id}"
@@ -178,7 +182,7 @@ def _link(source: Path, target: Path) -> None:
     """Give a file a second name; where the disk knows no such thing, copy it."""
     try:
         os.link(source, target)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise InputGone(source.name) from error
     except OSError:
         shutil.copyfile(source, target)

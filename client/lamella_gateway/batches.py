@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 
@@ -18,12 +17,12 @@ from lamella_gateway.api_keys import Endpoint
 from lamella_gateway.batch_record import BatchRecord, Phase
 from lamella_gateway.batch_request import BatchRequest
 from lamella_gateway.batch_shapes import BatchBody, batch_body, batches_body
-from lamella_gateway.batch_store import BATCH
+from lamella_gateway.batch_store import BATCH, InputGone
 from lamella_gateway.body import parse, read_body
 from lamella_gateway.desk import Desk
 from lamella_gateway.files import not_found as file_not_found
 from lamella_gateway.line_form import ENDPOINTS
-from lamella_gateway.owned_place import Page, new_id, owner_of
+from lamella_gateway.owned_place import Page, new_id, on_disk, owner_of
 from lamella_gateway.page_query import page_query
 from lamella_gateway.repeats import NO_REPEAT, Repeat, recognise
 
@@ -42,9 +41,9 @@ async def create_batch(request: Request) -> JSONResponse:
     _check_endpoint(caller, asked)
     repeat = recognise(request, service, caller, body)
     desk = desks.of(request)
-    record = await asyncio.to_thread(_create, desk, caller, asked, repeat, service.settings.default_max_tokens)
+    record = await on_disk(_create, desk, caller, asked, repeat, service.settings.default_max_tokens)
     desk.keeper.wake()
-    return JSONResponse(await asyncio.to_thread(_shown, desk, record))
+    return JSONResponse(await on_disk(_shown, desk, record))
 
 
 async def list_batches(request: Request) -> JSONResponse:
@@ -52,15 +51,15 @@ async def list_batches(request: Request) -> JSONResponse:
     desk = desks.of(request)
     caller = await identify(request, Endpoint.BATCHES)
     page = page_query(request, BATCH, MOST_LISTED, DEFAULT_LISTED)
-    found, has_more = await asyncio.to_thread(desk.batches.page, owner_of(caller.key), page)
-    data = [await asyncio.to_thread(_shown, desk, record) for record in found]
+    found, has_more = await on_disk(desk.batches.page, owner_of(caller.key), page)
+    data = [await on_disk(_shown, desk, record) for record in found]
     return JSONResponse(batches_body(data, has_more=has_more))
 
 
 async def retrieve_batch(request: Request) -> JSONResponse:
     """Tell about a batch."""
     desk, record = await _found(request)
-    return JSONResponse(await asyncio.to_thread(_shown, desk, record))
+    return JSONResponse(await on_disk(_shown, desk, record))
 
 
 async def cancel_batch(request: Request) -> JSONResponse:
@@ -73,16 +72,16 @@ async def cancel_batch(request: Request) -> JSONResponse:
             param="batch_id",
             code="batch_ended",
         )
-    await asyncio.to_thread(desk.batches.cancel, record.owner, record.batch_id)
+    await on_disk(desk.batches.cancel, record.owner, record.batch_id)
     desk.keeper.wake()
-    return JSONResponse(await asyncio.to_thread(_shown, desk, record))
+    return JSONResponse(await on_disk(_shown, desk, record))
 
 
 async def _found(request: Request) -> tuple[Desk, BatchRecord]:
     desk = desks.of(request)
     caller = await identify(request, Endpoint.BATCHES)
     given = request.path_params["batch_id"]
-    record = await asyncio.to_thread(desk.batches.read, owner_of(caller.key), given)
+    record = await on_disk(desk.batches.read, owner_of(caller.key), given)
     if record is None:
         raise ApiError(
             404,
@@ -144,7 +143,7 @@ def _create(desk: Desk, caller: Caller, asked: BatchRequest, repeat: Repeat, def
     )
     try:
         desk.batches.create(record, desk.files.data(owner, file.file_id))
-    except FileNotFoundError as error:
+    except InputGone as error:
         raise file_not_found(asked.input_file_id, "input_file_id") from error
     return record
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from starlette.requests import Request
@@ -14,7 +13,7 @@ from lamella_gateway.api_error import ApiError
 from lamella_gateway.api_keys import Endpoint
 from lamella_gateway.file_shapes import DeletedFileBody, file_body, files_body
 from lamella_gateway.file_store import FILE, FileStore, StoredFile
-from lamella_gateway.owned_place import owner_of
+from lamella_gateway.owned_place import on_disk, owner_of
 from lamella_gateway.page_query import page_query
 from lamella_gateway.upload_form import MAX_NAME_CHARS, UploadForm, read_form
 
@@ -26,14 +25,14 @@ PURPOSES = ("batch", "batch_output")
 async def create_file(request: Request) -> JSONResponse:
     """Keep an uploaded file."""
     store, owner = await _store(request)
-    upload = await asyncio.to_thread(store.begin, owner)
+    upload = await on_disk(store.begin, owner)
     try:
         form = await read_form(request, upload)
         name, keep_s = _name(form), _keep_s(form)
         _check_purpose(form)
-        file = await asyncio.to_thread(upload.finish, name, "batch", keep_s)
+        file = await on_disk(upload.finish, name, "batch", keep_s)
     finally:
-        await asyncio.to_thread(upload.close)
+        await on_disk(upload.close)
     return JSONResponse(file_body(file))
 
 
@@ -49,7 +48,7 @@ async def list_files(request: Request) -> JSONResponse:
             param="purpose",
             code="invalid_value",
         )
-    found, has_more = await asyncio.to_thread(store.page, owner, page, purpose)
+    found, has_more = await on_disk(store.page, owner, page, purpose)
     return JSONResponse(files_body(found, has_more=has_more))
 
 
@@ -58,7 +57,7 @@ async def stored_file(request: Request) -> JSONResponse:
     store, owner = await _store(request)
     file = await _found(request, store, owner)
     if request.method == "DELETE":
-        await asyncio.to_thread(store.delete, owner, file.file_id)
+        await on_disk(store.delete, owner, file.file_id)
         return JSONResponse(DeletedFileBody(id=file.file_id, object="file", deleted=True))
     return JSONResponse(file_body(file))
 
@@ -68,7 +67,7 @@ async def file_content(request: Request) -> FileResponse:
     store, owner = await _store(request)
     file = await _found(request, store, owner)
     data: Path = store.data(owner, file.file_id)
-    if not await asyncio.to_thread(data.is_file):
+    if not await on_disk(data.is_file):
         raise not_found(file.file_id)
     headers = {"x-content-type-options": "nosniff", "content-disposition": "attachment", "cache-control": "no-store"}
     return FileResponse(data, media_type="application/octet-stream", headers=headers)
@@ -81,7 +80,7 @@ async def _store(request: Request) -> tuple[FileStore, str]:
 
 async def _found(request: Request, store: FileStore, owner: str) -> StoredFile:
     given = request.path_params["file_id"]
-    file = await asyncio.to_thread(store.read, owner, given)
+    file = await on_disk(store.read, owner, given)
     if file is None:
         raise not_found(given)
     return file

@@ -11,18 +11,21 @@ made of ids that are checked by form. Neighbours: `file_store` and `batch_store`
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from lamella_gateway.api_error import SERVER, ApiError
 from lamella_gateway.api_keys import ApiKey
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 NOBODY = "local"  # the owner where no key is asked for
 MODE = 0o700
 _OWNER = re.compile(r"[0-9a-f]{12}|local", re.ASCII)
@@ -102,6 +105,12 @@ def written() -> Iterator[None]:
             code="storage_unavailable",
             retry_after_s=30.0,
         ) from error
+
+
+async def on_disk(function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
+    """Call what reads or writes in a thread; raises ApiError as `written` does."""
+    with written():
+        return await asyncio.to_thread(function, *args, **kwargs)
 
 
 def page_of(ids: list[str], page: Page) -> list[str]:
