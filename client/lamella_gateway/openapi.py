@@ -12,12 +12,19 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from lamella import JobState, __version__
+from lamella_gateway.batch_request import BatchRequest
+from lamella_gateway.batch_shapes import BatchBody, BatchesBody
+from lamella_gateway.batch_store import BATCH
+from lamella_gateway.batches import MOST_LISTED
 from lamella_gateway.chat_request import ChatRequest
 from lamella_gateway.chat_shapes import ChatBody
 from lamella_gateway.completion_request import CompletionRequest
 from lamella_gateway.completion_shapes import CompletionBody
 from lamella_gateway.embedding_request import EmbeddingRequest
 from lamella_gateway.embeddings import EmbeddingsBody
+from lamella_gateway.file_shapes import DeletedFileBody, FileBody, FilesBody
+from lamella_gateway.file_store import FILE
+from lamella_gateway.files import LONGEST_KEEP_S, MOST_FILES, PURPOSES, SHORTEST_KEEP_S
 from lamella_gateway.fleet_shapes import AccountBody, JobBody, JobsBody, QueuesBody, WorkersBody
 from lamella_gateway.health import LiveBody, ReadyBody
 from lamella_gateway.job_routes import MOST_JOBS
@@ -45,9 +52,10 @@ class ErrorEnvelope(TypedDict):
     error: ErrorDetail
 
 
-_REQUESTS: tuple[type, ...] = (ChatRequest, CompletionRequest, EmbeddingRequest, ResponseRequest)
+_REQUESTS: tuple[type, ...] = (ChatRequest, CompletionRequest, EmbeddingRequest, ResponseRequest, BatchRequest)
 _ANSWERS: tuple[type, ...] = (
     *(ChatBody, CompletionBody, EmbeddingsBody, ResponseBody, DeletedBody, ModelBody, ModelsBody),
+    *(FileBody, FilesBody, DeletedFileBody, BatchBody, BatchesBody),
     *(AccountBody, WorkersBody, QueuesBody, JobBody, JobsBody),
     *(LiveBody, ReadyBody, ErrorEnvelope),
 )
@@ -55,10 +63,10 @@ _SAID = {
     400: "The request cannot be used; `param` names the field",
     401: "No valid API key",
     403: "The key may not",
-    404: "There is no such model, response or job",
-    409: "The job was cancelled by somebody else",
-    413: "The body is too large",
-    415: "The body is not declared as JSON",
+    404: "There is no such model, response, file, batch or job",
+    409: "The job was cancelled by somebody else, or the batch has ended",
+    413: "The body is too large, or the files of the key are",
+    415: "The body is not declared as what it has to be",
     422: "The Idempotency-Key belongs to another request",
     429: "A rate, quota or queue is full; Retry-After says when to come back",
     500: "A job failed",
@@ -116,6 +124,7 @@ def _paths() -> Schema:
         "/v1/responses/{response_id}/cancel": {
             "post": _operation("cancelResponse", "Cancel a background response", ResponseBody, [response_id])
         },
+        **_batch_paths(),
         **_fleet_paths(),
         "/health/live": {"get": _open("live", "Whether the process runs", {"200": _json(LiveBody)})},
         "/health/ready": {
@@ -124,6 +133,49 @@ def _paths() -> Schema:
         "/metrics": {"get": _open("metrics", "Counters for Prometheus", {"200": _METRICS})},
         "/openapi.json": {"get": _open("openapi", "This document", {"200": _DOCUMENT})},
     }
+
+
+def _batch_paths() -> Schema:
+    file_id, batch_id = _parameter("file_id", "path", _ID), _parameter("batch_id", "path", _ID)
+    purpose = _parameter("purpose", "query", {"enum": list(PURPOSES)})
+    order = _parameter("order", "query", {"enum": ["asc", "desc"]})
+    upload = _operation("createFile", "Keep a file", FileBody, errors=(*_ASKING, 413, 415, 429))
+    upload["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}
+    read = _operation("retrieveFileContent", "Read a file", FileBody, [file_id])
+    read["responses"] = {**_responses(read), "200": _CONTENT, "206": _CONTENT}
+    made = _making("createBatch", "Answer a file of requests in time", BatchRequest, BatchBody, False)
+    return {
+        "/v1/files": {
+            "post": upload,
+            "get": _operation("listFiles", "List files", FilesBody, [*_page_query(FILE, MOST_FILES), order, purpose]),
+        },
+        "/v1/files/{file_id}": {
+            "get": _operation("retrieveFile", "Tell about a file", FileBody, [file_id]),
+            "delete": _operation("deleteFile", "Delete a file", DeletedFileBody, [file_id]),
+        },
+        "/v1/files/{file_id}/content": {"get": read},
+        "/v1/batches": {
+            "post": made,
+            "get": _operation("listBatches", "List batches", BatchesBody, _page_query(BATCH, MOST_LISTED)),
+        },
+        "/v1/batches/{batch_id}": {"get": _operation("retrieveBatch", "Tell about a batch", BatchBody, [batch_id])},
+        "/v1/batches/{batch_id}/cancel": {
+            "post": _operation("cancelBatch", "Cancel a batch", BatchBody, [batch_id], errors=(*_ASKING, 409))
+        },
+    }
+
+
+def _page_query(kind: str, most: int) -> list[Schema]:
+    return [
+        _parameter("after", "query", {"type": "string", "pattern": f"^{kind}[0-9a-f]{{24}}$"}),
+        _parameter("limit", "query", {"type": "integer", "minimum": 1, "maximum": most}),
+    ]
+
+
+def _responses(operation: Schema) -> Schema:
+    found = operation["responses"]
+    assert isinstance(found, dict)  # noqa: S101  # put there by `_operation`
+    return found
 
 
 def _fleet_paths() -> Schema:
@@ -154,6 +206,23 @@ _METRICS: Schema = {
 _DOCUMENT: Schema = {
     "description": "An OpenAPI document",
     "content": {"application/json": {"schema": {"type": "object"}}},
+}
+
+
+_UPLOAD: Schema = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"const": "batch"},
+        "expires_after[anchor]": {"const": "created_at"},
+        "expires_after[seconds]": {"type": "integer", "minimum": SHORTEST_KEEP_S, "maximum": LONGEST_KEEP_S},
+    },
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+}
+_CONTENT: Schema = {
+    "description": "What is in the file",
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
 }
 
 

@@ -24,12 +24,14 @@ from starlette.routing import Route
 
 from lamella.embedded import EmbeddedServer
 from lamella_gateway.app import ROUTES
+from lamella_gateway.batch_request import BatchRequest
 from lamella_gateway.chat_request import ChatRequest
 from lamella_gateway.completion_request import CompletionRequest
 from lamella_gateway.embedding_request import EmbeddingRequest
 from lamella_gateway.openapi import document
 from lamella_gateway.response_request import ResponseRequest
 from tests.client.acting_worker import MODEL
+from tests.gateway.batch_lines import begin, chat_line
 from tests.gateway.running_gateway import AnsweringWorker, RunningGateway
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "gateway.md"
@@ -47,6 +49,14 @@ def served(session_server: EmbeddedServer) -> Iterator[RunningGateway]:
         yield gateway
 
 
+@pytest.fixture(scope="module")
+def left(served: RunningGateway) -> dict[str, str]:
+    """A file and a batch that are there, by the names their ids have in paths."""
+    with served.client() as client:
+        batch = begin(client, [chat_line(1)])
+        return {"file_id": batch.input_file_id, "batch_id": batch.id}
+
+
 def test_every_route_is_described_and_nothing_else() -> None:
     described = {(method.upper(), path) for path, methods in document()["paths"].items() for method in methods}
 
@@ -57,7 +67,9 @@ def test_every_route_is_described_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
-def test_nothing_made_from_the_document_breaks_the_gateway(served: RunningGateway, method: str, path: str) -> None:
+def test_nothing_made_from_the_document_breaks_the_gateway(
+    served: RunningGateway, left: dict[str, str], method: str, path: str
+) -> None:
     schema = schemathesis.openapi.from_dict(document())
     operation = schema[path][method.upper()]
 
@@ -72,6 +84,11 @@ def test_nothing_made_from_the_document_breaks_the_gateway(served: RunningGatewa
     def holds(case: schemathesis.Case) -> None:
         if isinstance(case.body, dict) and len(str(case.body.get("model", ""))) % 2:
             case.body["model"] = MODEL  # half of them, so that some come as far as a worker
+        if isinstance(case.body, dict) and len(str(case.body.get("input_file_id", ""))) % 2:
+            case.body["input_file_id"] = left["file_id"]
+        for name in left.keys() & (case.path_parameters or {}).keys():
+            if len(str(case.path_parameters[name])) % 2:
+                case.path_parameters[name] = left[name]
         case.call_and_validate(base_url=served.url, checks=list(CHECKS), headers={"Connection": "close"}, timeout=40)
 
     holds()
@@ -84,16 +101,17 @@ def test_nothing_made_from_the_document_breaks_the_gateway(served: RunningGatewa
         (CompletionRequest, sdk.completion_create_params.CompletionCreateParamsBase),
         (EmbeddingRequest, sdk.embedding_create_params.EmbeddingCreateParams),
         (ResponseRequest, response_create_params.ResponseCreateParamsBase),
+        (BatchRequest, sdk.batch_create_params.BatchCreateParams),
     ],
 )
 def test_every_field_of_the_sdk_is_known(served_model: type[BaseModel], params: type) -> None:
     known = set(served_model.model_fields)
 
-    streams = set() if served_model is EmbeddingRequest else {"stream"}
+    streams = set() if served_model in (EmbeddingRequest, BatchRequest) else {"stream"}
     assert set(typing.get_type_hints(params)) | streams <= known
 
 
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, EmbeddingRequest, ResponseRequest])
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, EmbeddingRequest, ResponseRequest, BatchRequest])
 def test_the_page_has_every_field(model: type[BaseModel]) -> None:
     page = PAGE.read_text()
 
