@@ -34,7 +34,8 @@ FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="lamella" org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=environment /opt/lamella /opt/lamella
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin lamella \
-    && install -d -o lamella -g lamella /var/lib/lamella/shards /var/lib/lamella/hub
+    && install -d -o lamella -g lamella /var/lib/lamella/shards /var/lib/lamella/hub \
+    && install -d -m 0700 -o lamella -g lamella /var/lib/lamella/files
 ENV PATH=/opt/lamella/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     LAMELLA_STORE=/var/lib/lamella/shards \

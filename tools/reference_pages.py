@@ -35,7 +35,10 @@ VARIABLES: Mapping[str, tuple[str, str]] = {
     "LAMELLA_REDIS_PASSWORD": ("the same", "The password of a URL that has none."),
     "LAMELLA_REDIS_PASSWORD_FILE": ("the same", "A file that holds the password."),
     "LAMELLA_STORE": ("worker, `lamella models`, `plan`, `bench`", "Directory of the shard cache."),
-    "LAMELLA_STATE_DIR": ("client, `lamella up`", "Where a running `lamella up` says how to reach it."),
+    "LAMELLA_STATE_DIR": (
+        "client, gateway, `lamella up`",
+        "Where a running `lamella up` says how to reach it, and a gateway keeps files.",
+    ),
     "LAMELLA_PEERS": ("worker, `lamella models pull`", "Hosts that share their stores, with commas between."),
     "LAMELLA_PEER_TOKEN": ("the same, `lamella models share`", "The token that sharing asks for."),
     "LAMELLA_PEER_TOKEN_FILE": ("the same", "A file that holds the token."),

@@ -24,6 +24,7 @@ from lamella_worker.config import RedisTable
 from lamella_worker.health import check_worker
 from lamella_worker.monitor import make_monitor
 from tests.fixtures.servers import require_embedded
+from tests.gateway.batch_lines import begin, chat_line, ended
 from tests.gateway.running_gateway import RunningGateway
 from tests.security.secured_server import SecuredServer, secured_server
 from tests.security.secured_worker import MODEL, PREFIX, SecuredWorker
@@ -82,12 +83,14 @@ def test_a_gateway_does_its_whole_work(client: Client, secured: SecuredServer, g
         ]
         sdk.post(f"{gateway.url}/lamella/jobs/{made.id.removeprefix('resp_')}/cancel", cast_to=object)
         sdk.responses.delete(made.id)
+        batch = ended(sdk, begin(sdk, [chat_line(number, model=MODEL, max_tokens=2) for number in range(3)]))
         with secured.admin() as admin:
             wait_until(lambda: admin.exists(KEYS.unbilled) == 0)
 
     assert answer.usage.completion_tokens == 4
     assert events[-1].sequence_number == len(events) - 1
     assert len(told) == 5
+    assert (batch.status, batch.request_counts.completed if batch.request_counts else 0) == ("completed", 3)
     assert secured.refusals() == []
 
 
