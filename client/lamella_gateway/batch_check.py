@@ -13,12 +13,14 @@ from typing import BinaryIO, NamedTuple
 from lamella.batch_lines import BatchError, BatchUrl, raw_lines
 from lamella.batch_run import BatchStopped
 from lamella.batch_tasks import BatchTasks
+from lamella.embed_draft import EmbedDraft
 from lamella_gateway.api_keys import ApiKey
 from lamella_gateway.batch_record import BatchFault
 from lamella_gateway.line_form import HttpForm
 from lamella_gateway.order import draft_cost
 
 MOST_LINES = 50_000
+MOST_TEXTS = 50_000  # to be embedded, in all lines together
 MOST_FAULTS = 100  # that are told
 LOOK_EVERY = 100  # lines, for whether to stop
 
@@ -56,17 +58,29 @@ def check_input(
 
 def _faults(file: BinaryIO, tasks: BatchTasks, key: ApiKey | None, is_stopped: Callable[[], bool]) -> list[BatchFault]:
     faults: list[BatchFault] = []
+    num_texts = 0
     for count, raw in enumerate(raw_lines(file)):
         if count % LOOK_EVERY == 0 and is_stopped():
             raise BatchStopped("stopped")
         try:
             drafts = tasks.check(raw).drafts
             _check_quota(sum(map(draft_cost, drafts)), key)
+            num_texts += sum(len(draft.wanted.texts) for draft in drafts if isinstance(draft, EmbedDraft))
+            _check_texts(num_texts)
         except BatchError as error:
             faults.append(BatchFault(code=error.code, message=str(error), line=raw.number, param=error.param))
             if len(faults) == MOST_FAULTS:
                 break
     return faults
+
+
+def _check_texts(num_texts: int) -> None:
+    if num_texts > MOST_TEXTS:
+        raise BatchError(
+            "too_many_inputs",
+            f"with this line the batch has more than {MOST_TEXTS} texts to embed; make several batches of it",
+            "body.input",
+        )
 
 
 def _check_quota(tokens: int, key: ApiKey | None) -> None:

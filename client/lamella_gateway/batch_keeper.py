@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import BinaryIO
 
 from lamella.batch_run import BatchStopped
@@ -33,12 +32,6 @@ log = logging.getLogger(__name__)
 _Pair = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class _Running:
-    thread: threading.Thread
-    lock: BinaryIO
-
-
 class BatchKeeper:
     """Started and closed with the gateway."""
 
@@ -49,7 +42,7 @@ class BatchKeeper:
         self._connection: Connection | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self._running: dict[_Pair, _Running] = {}
+        self._running: dict[_Pair, threading.Thread] = {}
         self._not_before: dict[_Pair, float] = {}
         self._swept_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="batch-keeper", daemon=True)
@@ -69,8 +62,8 @@ class BatchKeeper:
         if self._thread.ident is not None:
             self._thread.join(STOP_S)
         deadline = time.monotonic() + STOP_S
-        for running in self._running.values():
-            running.thread.join(max(0.0, deadline - time.monotonic()))
+        for thread in self._running.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
         if self._connection is not None:
             self._connection.close()
 
@@ -84,9 +77,7 @@ class BatchKeeper:
             self._wake.clear()
 
     def _look(self) -> None:
-        for pair, running in list(self._running.items()):
-            if not running.thread.is_alive():
-                del self._running[pair]
+        self._running = {pair: thread for pair, thread in self._running.items() if thread.is_alive()}
         now = time.monotonic()
         if now - self._swept_at >= SWEEP_EVERY_S:
             self._swept_at = now
@@ -112,7 +103,7 @@ class BatchKeeper:
                 self._batches.retire(*pair)
             return
         thread = threading.Thread(target=self._execute, args=(pair, lock), name=pair[1], daemon=True)
-        self._running[pair] = _Running(thread, lock)
+        self._running[pair] = thread
         thread.start()
 
     def _execute(self, pair: _Pair, lock: BinaryIO) -> None:

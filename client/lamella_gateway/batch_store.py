@@ -27,6 +27,7 @@ from lamella_gateway.owned_place import MODE, Page, directory, is_id, is_owner, 
 
 BATCH = "batch_"
 KEPT_S = 30 * 86400  # a batch that has ended is shown for so long
+MAX_KEPT = 10_000  # of an owner; of more the oldest that have ended are forgotten
 LOST_S = 600.0  # a mark without a batch, or a batch half made, is of a gateway that died
 
 log = logging.getLogger(__name__)
@@ -157,17 +158,18 @@ class BatchStore:
             for draft in (self.root / owner / "batches").glob(".batch_*"):
                 if time.time() - draft.stat().st_mtime > LOST_S:
                     shutil.rmtree(draft, ignore_errors=True)
-            for batch_id in self._ids(owner):
-                self._forget_old(owner, batch_id)
+            ids = sorted(self._ids(owner), reverse=True)
+            for place, batch_id in enumerate(ids):
+                self._forget_old(owner, batch_id, KEPT_S if place < MAX_KEPT else 0.0)
 
-    def _forget_old(self, owner: str, batch_id: str) -> None:
+    def _forget_old(self, owner: str, batch_id: str, keep_s: float) -> None:
         try:
             record = self.read(owner, batch_id)
         except DecodeError:
             return  # of a newer version, whose it is
         if record is None or record.phase is not Phase.ENDED or record.ended_at is None:
             return
-        if time.time() - record.ended_at > KEPT_S:
+        if time.time() - record.ended_at > keep_s:
             shutil.rmtree(self.place(owner, batch_id), ignore_errors=True)
 
     def _ids(self, owner: str) -> list[str]:

@@ -25,6 +25,7 @@ from lamella_gateway.owned_place import Page, directory, is_id, is_owner, new_id
 
 FILE = "file-"
 ABANDONED_S = 3600.0  # an upload that nothing was added to for so long
+MAX_FILES = 10_000  # of an owner
 CHECK_EVERY_BYTES = 16 * 1024 * 1024
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,14 @@ class FileStore:
 
     def check_room(self, owner: str, more_bytes: int) -> None:
         """Raise ApiError (413) where an owner's files would be too much with so many bytes more."""
-        used = self._used(owner)
+        used, num_entries = self._used(owner)
+        if num_entries > 2 * MAX_FILES:
+            raise ApiError(
+                413,
+                f"this API key has {MAX_FILES} files, and may have no more; delete some with DELETE /v1/files/{{id}}",
+                param="file",
+                code="storage_full",
+            )
         if used + more_bytes > self.max_owner_bytes:
             raise ApiError(
                 413,
@@ -185,12 +193,14 @@ class FileStore:
         ids = (name.removesuffix(".json") for name in names if name.endswith(".json"))
         return [file_id for file_id in ids if is_id(file_id, FILE)]
 
-    def _used(self, owner: str) -> int:
+    def _used(self, owner: str) -> tuple[int, int]:
+        """Return the bytes of an owner's files, and how many entries there are, two a file."""
         try:
             with os.scandir(self.root / owner / "files") as entries:
-                return sum(entry.stat().st_size for entry in entries)
+                sizes = [entry.stat().st_size for entry in entries]
         except FileNotFoundError:
-            return 0  # nothing is there yet, or a file has just gone: the next look counts again
+            return 0, 0  # nothing is there yet, or a file has just gone: the next look counts again
+        return sum(sizes), len(sizes)
 
     def _is_over(self, path: Path) -> bool:
         try:
@@ -257,8 +267,10 @@ class Upload:
 
     def close(self) -> None:
         """Remove what was not finished; harmless when repeated."""
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:
+            self._part.unlink(missing_ok=True)
 
 
 def _remove_old(path: Path) -> None:

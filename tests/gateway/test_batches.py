@@ -137,6 +137,16 @@ def test_an_input_has_from_one_to_fifty_thousand_lines(
     assert [(each.code, each.line) for each in batch.errors.data or []] == [(code, number)]
 
 
+def test_a_batch_embeds_a_bounded_number_of_texts(sdk: openai.OpenAI, worker: ActingWorker) -> None:
+    url = "/v1/embeddings"
+    lines = [line(number, url, {"model": MODEL, "input": ["a"] * 2000}) for number in range(26)]
+
+    batch = ended(sdk, begin(sdk, lines, endpoint=url))
+
+    assert batch.errors is not None
+    assert [(each.code, each.line) for each in batch.errors.data or []] == [("too_many_inputs", 26)]
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
