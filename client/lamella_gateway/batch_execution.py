@@ -34,7 +34,7 @@ from lamella_gateway.owned_place import new_id
 
 TOLD_EVERY_S = 1.0  # how often its counts are written
 LOOK_EVERY_S = 0.2  # for a mark to cancel it
-KEY_EVERY_S = 5.0  # for whether its key is still valid
+KEY_EVERY_S = 2.0  # for whether its key is still valid
 CANCEL_GRACE_S = 600.0  # so long jobs that run are waited for once it is cancelled
 SEARCHED = 20_000  # jobs that an earlier run can have sent for lines without a record, and more
 

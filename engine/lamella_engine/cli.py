@@ -39,6 +39,7 @@ from lamella_engine.errors import ModelError, OptionError
 from lamella_engine.inspect_report import described_facts
 from lamella_engine.manifest import ORIGINAL, Manifest
 from lamella_engine.names import check_model_name
+from lamella_engine.originals import Deleted
 from lamella_engine.peer_address import Peers
 from lamella_engine.peer_cli import share
 from lamella_engine.shard_store import NO_PEERS
@@ -94,21 +95,25 @@ def inspect(
 
 
 @app.command()
-def verify(name: StoredName, store: StoreOption = None) -> None:
+def verify(name: StoredName, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Hash every shard of a model and compare with what was built."""
     with plain_errors():
         opened = open_store(store)
         opened.verify(name)
         manifest = opened.manifest(name)
+    if as_json:
+        told = {"name": name, "is_whole": True, "num_shards": len(manifest.shards), "size_bytes": manifest.size_bytes}
+        typer.echo(json.dumps(told))
+        return
     typer.echo(f"{name} is whole: {len(manifest.shards)} shards, {byte_size(manifest.size_bytes)}")
 
 
 @app.command()
-def remove(name: StoredName, store: StoreOption = None) -> None:
+def remove(name: StoredName, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Delete a model's shards from the store; the source they were built from is not touched."""
     with plain_errors():
         open_store(store).remove(name)
-    typer.echo(f"removed {name}")
+    typer.echo(json.dumps({"removed": [name]}) if as_json else f"removed {name}")
 
 
 @app.command()
@@ -139,6 +144,7 @@ def prune(
     ] = None,
     store: StoreOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove the models that were not used for longest, until the rest fits; what is in use stays."""
     with plain_errors(), wrong_calls():
@@ -147,6 +153,10 @@ def prune(
         if most is None:
             raise OptionError("no quota is set; say how much may stay with --to, or set one with `models quota SIZE`")
         removed = room.choose(most) if dry_run else room.shrink(most)
+    if as_json:
+        gone = [{"name": each.name, "size_bytes": each.nbytes} for each in removed]
+        typer.echo(json.dumps({"is_dry_run": dry_run, "removed": gone}, indent=2))
+        return
     for each in removed:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {each.name}: {byte_size(each.nbytes)}")
     if not removed:
@@ -165,6 +175,7 @@ def pull(  # noqa: PLR0913  a command has as many arguments as options
     delete_original: DeleteOption = False,
     sources: FromOption = None,
     offline: OfflineOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Bring a model into the store: from a peer (--from, else LAMELLA_PEERS), else from the hub.
 
@@ -177,9 +188,8 @@ def pull(  # noqa: PLR0913  a command has as many arguments as options
         if sources and in_place:
             raise OptionError("--in-place reads the original's files, which no peer has; leave one of the two out")
         peers = Peers.from_environment() if sources is None else Peers.named(sources)
-    _build(name, None, store, BuildOptions(dtype, form, peers=peers, offline=offline))
-    if delete_original:
-        _delete_original(name, None, store)
+    built = _build(name, None, store, BuildOptions(dtype, form, peers=peers, offline=offline))
+    _finish(built, (name, None, store) if delete_original else None, as_json=as_json)
 
 
 @app.command("import")
@@ -199,6 +209,7 @@ def import_model(  # noqa: PLR0913  a command has as many arguments as options
             "--allow-pickle", help="Convert pytorch_model.bin, in a process of its own; only if you trust it."
         ),
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Build shards from a checkpoint on this host; does nothing if the store has the model from it."""
     if allow_pickle and delete_original:
@@ -213,9 +224,8 @@ def import_model(  # noqa: PLR0913  a command has as many arguments as options
             "with --quant"
         )
     _check_form(form, delete_original=delete_original)
-    _build(name, path.expanduser(), store, BuildOptions(dtype, form, allow_pickle))
-    if delete_original:
-        _delete_original(name, path.expanduser(), store)
+    built = _build(name, path.expanduser(), store, BuildOptions(dtype, form, allow_pickle))
+    _finish(built, (name, path.expanduser(), store) if delete_original else None, as_json=as_json)
 
 
 def _form(in_place: bool, quant: str | None, target: str | None, quant_device: str) -> StoredForm:
@@ -244,7 +254,19 @@ class BuildOptions:
     offline: bool = False
 
 
-def _build(name: str, source: Path | None, root: Path | None, options: BuildOptions) -> None:
+@dataclass(frozen=True)
+class Built:
+    """A model that is in the store now; `num_in_place` of its layers are read from the original's files."""
+
+    name: str
+    is_new: bool
+    num_layers: int
+    num_in_place: int
+    dtype: str
+    size_bytes: int
+
+
+def _build(name: str, source: Path | None, root: Path | None, options: BuildOptions) -> Built:
     with plain_errors(), wrong_calls():
         store = open_store(root, options.peers)
         before = {manifest.name for manifest in store.list()}
@@ -257,22 +279,39 @@ def _build(name: str, source: Path | None, root: Path | None, options: BuildOpti
                     _by_name(name, source), source=source, dtype=options.dtype, form=options.form,
                     offline=options.offline, progress=progress,
                 )  # fmt: skip
-    name, is_there = sharded.name, sharded.name in before
-    what = f"{len(sharded.layers)} layers, {sharded.dtype}, {byte_size(sharded.size_bytes)}"
-    if options.form.in_place:
-        num_placed = sum(shard.path.name.startswith(ORIGINAL) for shard in sharded.layers)
-        what += f", {num_placed} of the layers read from the original's files"
-    typer.echo(f"{name} is in the store already: {what}" if is_there else f"{name} is ready: {what}")
+    return Built(
+        sharded.name,
+        sharded.name not in before,
+        len(sharded.layers),
+        sum(shard.path.name.startswith(ORIGINAL) for shard in sharded.layers),
+        str(sharded.dtype),
+        sharded.size_bytes,
+    )
 
 
-def _delete_original(name: str, named: Path | None, root: Path | None) -> None:
+def _delete_original(name: str, named: Path | None, root: Path | None) -> Deleted:
     with plain_errors(), ConsoleProgress() as progress:
-        deleted = open_store(root).delete_original(name, named, progress=progress)
-    if deleted.files:
+        return open_store(root).delete_original(name, named, progress=progress)
+
+
+def _finish(built: Built, original: tuple[str, Path | None, Path | None] | None, *, as_json: bool) -> None:
+    """Say what is in the store now; delete the `original`, if one is given, and say that too."""
+    if not as_json:
+        what = f"{built.num_layers} layers, {built.dtype}, {byte_size(built.size_bytes)}"
+        if built.num_in_place:
+            what += f", {built.num_in_place} of the layers read from the original's files"
+        typer.echo(
+            f"{built.name} is ready: {what}" if built.is_new else f"{built.name} is in the store already: {what}"
+        )
+    deleted = None if original is None else _delete_original(*original)
+    if as_json:
+        gone = None if deleted is None else {"num_files": len(deleted.files), "size_bytes": deleted.nbytes}
+        typer.echo(json.dumps({**asdict(built), "deleted_original": gone}, indent=2))
+    elif deleted is not None and deleted.files:
         typer.echo(f"deleted the original: {len(deleted.files)} files, {byte_size(deleted.nbytes)}")
-    else:
+    elif deleted is not None:
         typer.echo("no original was deleted: none is left that this model was built from")
-    for file in deleted.kept:
+    for file in () if deleted is None else deleted.kept:
         typer.echo(f"warning: {file} stays: it is a link to a file elsewhere", err=True)
 
 

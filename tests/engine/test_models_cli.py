@@ -118,6 +118,24 @@ def test_verify_tells_a_whole_model_from_an_altered_one(tiny: str, root: Path) -
     check_failed(altered, shard.name, "lamella models remove")
 
 
+def test_what_is_done_is_told_as_json(root: Path, tiny_llama_dir: Path) -> None:
+    built = json.loads(run("import", "tiny", tiny_llama_dir, "--json").stdout)
+    again = json.loads(run("import", "tiny", tiny_llama_dir, "--json").stdout)
+    verified = json.loads(run("verify", "tiny", "--json").stdout)
+    would_go = json.loads(run("prune", "--to", "0", "--dry-run", "--json").stdout)
+    gone = json.loads(run("prune", "--to", "0", "--json").stdout)
+    run("import", "tiny", tiny_llama_dir)
+    removed = json.loads(run("remove", "tiny", "--json").stdout)
+
+    shown = {"name": "tiny", "num_layers": 4, "num_in_place": 0, "dtype": "float32", "deleted_original": None}
+    assert built == {**shown, "is_new": True, "size_bytes": built["size_bytes"]}
+    assert again == {**built, "is_new": False}
+    assert (verified["name"], verified["is_whole"], verified["num_shards"]) == ("tiny", True, 5)
+    assert [each["name"] for each in would_go["removed"]] == ["tiny"]
+    assert (would_go["is_dry_run"], gone) == (True, {**would_go, "is_dry_run": False})
+    assert removed == {"removed": ["tiny"]}
+
+
 def test_remove_frees_the_name(tiny: str, root: Path) -> None:
     removed = run("remove", tiny)
 

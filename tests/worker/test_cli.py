@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def test_health_without_a_worker_fails_in_one_line(embedded_server: EmbeddedServ
 
     assert result.exit_code == 1
     assert result.stderr == "no heartbeat of worker nobody in the last 15 s\n"
+
+
+def test_health_is_told_as_json(embedded_server: EmbeddedServer) -> None:
+    result = runner.invoke(app, ["health", "--redis-url", embedded_server.url, "--name", "nobody", "--json"])
+
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {
+        "is_healthy": False,
+        "reason": "no heartbeat of worker nobody in the last 15 s",
+    }
 
 
 def test_health_without_a_server_fails_in_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -198,7 +199,10 @@ def test_the_command_follows_a_pull_to_its_end(
 ) -> None:
     good = run(embedded_server, "pull", "good", "--on", "w1", "--no-serve")
     bad = run(embedded_server, "pull", "fails", "--on", "w1")
+    told = run(embedded_server, "pull", "good", "--on", "w1", "--no-serve", "--json")
 
+    assert json.loads(told.stdout)["message"] == "the shards of good are on the host of worker w1"
+    assert json.loads(told.stdout)["state"] == "done"
     assert good.exit_code == 0, good.stderr
     assert good.stdout == "the shards of good are on the host of worker w1\n"
     assert bad.exit_code == 1

@@ -7,7 +7,9 @@ the device is pinned.
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -114,12 +116,16 @@ def health(
     name: NameOption = None,
     longest_sweep_s: Annotated[float, typer.Option(min=1.0, help="A sweep that takes longer is stuck.")] = 900.0,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for Redis.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Exit 0 only if this worker (by --name, else any of this host) writes heartbeats and gets on with its jobs."""
     flags: dict[str, object] = {"redis.url": redis_url, "redis.prefix": prefix, "worker.name": name}
     settings = _load(config, flags, any_model=True)
     result = check_worker(settings.redis, settings.worker.name, longest_sweep_s, timeout_s)
-    typer.echo(result.reason, err=not result.is_healthy)
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+    else:
+        typer.echo(result.reason, err=not result.is_healthy)
     raise typer.Exit(0 if result.is_healthy else EXIT_CANNOT_SERVE)
 
 

@@ -73,6 +73,7 @@ def pull(
     name: Annotated[str, typer.Argument(help="The model: a name that the worker's host finds at a peer or the hub.")],
     on: Annotated[str, typer.Option("--on", help="The worker on whose host the model is needed.")],
     serve: Annotated[bool, typer.Option("--serve/--no-serve", help="Whether the worker is to serve it then.")] = True,
+    as_json: options.AsJson = False,
     redis_url: options.RedisUrl = None,
     prefix: options.Prefix = options.DEFAULT,
 ) -> None:
@@ -83,7 +84,10 @@ def pull(
         status = _follow(connection, on, name, ask_id)
     finally:
         connection.close()
-    typer.echo(printable(status.message), err=status.state is PullState.FAILED)
+    if as_json:
+        echo_json({"worker": on, "model": name, **status.model_dump(mode="json")})
+    else:
+        typer.echo(printable(status.message), err=status.state is PullState.FAILED)
     if status.state is PullState.FAILED:
         raise typer.Exit(1)
 
