@@ -9,8 +9,13 @@ import pytest
 import redis
 
 from lamella import AsyncClient, Client, Completion, JobFailed, LamellaError, MapProgress, RequestError, WaitTimeout
+from lamella.connection import Connection
 from lamella.embedded import EmbeddedServer
 from lamella.key_ring import new_key_line
+from lamella.map_closing import Closing
+from lamella.map_prompts import PromptTask
+from lamella.map_run import MapBounds, MapRun
+from lamella.map_sync import drive
 from lamella.messages import decode_request
 from tests.client.acting_worker import ActingWorker, done, token
 from tests.client.answering_worker import AnsweringWorker
@@ -56,6 +61,51 @@ def test_without_a_bound_of_ones_own_the_slots_count(client: Client, worker: Act
         next(results)
 
     assert worker.redis.zcard(worker.keys.jobs) == 2 * worker.announce().slots
+
+
+def test_a_run_that_is_left_leaves_its_jobs_where_it_is_told_to(
+    worker: ActingWorker, embedded_server: EmbeddedServer
+) -> None:
+    def run(bounds: MapBounds) -> None:
+        tasks = (PromptTask(place, f"p{place}", {}, f"left-{bounds.leaves}") for place in range(3))
+        for _ in drive(connection, MapRun(tasks, connection.keys, None, bounds), leave):
+            raise AssertionError("nothing answers")
+
+    def leave() -> None:
+        raise LamellaError("left")
+
+    connection = Connection(embedded_server.url, "lamella:", 10.0)
+    for leaves in (True, False):
+        with pytest.raises(LamellaError, match="left"):
+            run(MapBounds(in_flight=3, leaves=leaves))
+    connection.close()
+
+    states = [worker.redis.hget(key, "state") for key in worker.redis.scan_iter(worker.keys.job("*"))]
+    assert sorted(states) == ["cancelled"] * 3 + ["queued"] * 3
+
+
+def test_a_run_that_is_closed_waits_for_what_runs_and_gives_up_the_rest(
+    worker: ActingWorker, embedded_server: EmbeddedServer
+) -> None:
+    def after_round() -> None:
+        if "held" in answering.asked:
+            run.close(Closing(LamellaError("given up")))
+        if run.counts.ended + run.counts.in_flight == 2000:
+            for job_id in worker.fences.keys() & worker.redis.zrange(worker.keys.active, 0, -1):
+                worker.emit(job_id, token("late"), done())
+
+    connection = Connection(embedded_server.url, "lamella:", 10.0)
+    tasks = (PromptTask(place, ("one", "held")[min(place, 1)], {}, "closed") for place in range(2000))
+    run = MapRun(tasks, connection.keys, None, MapBounds(in_flight=2))
+    with AnsweringWorker(worker, holds=["held"]) as answering:
+        outcomes = [result.outcome for result in drive(connection, run, after_round)]
+    connection.close()
+
+    shown = [outcome.text if isinstance(outcome, Completion) else str(outcome) for outcome in outcomes]
+    assert shown[0] == "<one>"
+    assert set(shown[1:]) == {"late", "given up"}
+    assert shown.count("late") <= 2
+    assert len(shown) == 2000
 
 
 def test_chats_and_mappings_are_prompts_too(client: Client, answering: AnsweringWorker, worker: ActingWorker) -> None:

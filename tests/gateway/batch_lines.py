@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import openai
 from openai.types import Batch
 
-from tests.client.acting_worker import MODEL
+from tests.client.acting_worker import MODEL, ActingWorker
 from tests.waiting import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -42,6 +42,13 @@ def ended(sdk: openai.OpenAI, batch: Batch) -> Batch:
 def records(sdk: openai.OpenAI, file_id: str | None) -> list[dict[str, object]]:
     """What a file of outputs says; nothing where there is none."""
     return [] if file_id is None else [json.loads(each) for each in sdk.files.content(file_id).text.splitlines()]
+
+
+def all_running(worker: ActingWorker) -> list[str]:
+    """The jobs that have not ended, if every one of them runs; else none of them."""
+    active = list(worker.redis.zrange(worker.keys.active, 0, -1))
+    states = {worker.redis.hget(worker.keys.job(job_id), "state") for job_id in active}
+    return active if states == {"running"} else []
 
 
 def texts(outputs: list[dict[str, object]]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from lamella.embedded import EmbeddedServer
 from lamella_gateway.api_keys import make_key, read_use, shown_key, store_key
 from tests.client.acting_worker import ActingWorker, done, token
 from tests.client.answering_worker import AnsweringWorker as Patient
-from tests.gateway.batch_lines import begin, chat_line, ended, records, texts
+from tests.gateway.batch_lines import all_running, begin, chat_line, ended, records, texts
 from tests.gateway.running_gateway import RunningGateway
 from tests.waiting import wait_until
 
@@ -76,8 +76,8 @@ def test_a_gateway_that_ends_leaves_its_batch_to_the_next(
             batch = begin(sdk, asked)
             wait_until(lambda: len(patient.asked) >= 30)
         code = first.end(number)
-        (job_id,) = wait_until(lambda: list(worker.redis.zrange(worker.keys.active, 0, -1))[:1])
         wait_until(lambda: worker.redis.zcard(worker.keys.active) == 1)  # what was under way goes on without it
+        (job_id,) = all_running(worker)
         with start("--host", "127.0.0.1").client(shown_key(key, secret)) as sdk:
             worker.emit(job_id, token("late"), done())
             batch = ended(sdk, batch)
@@ -113,8 +113,7 @@ def test_a_batch_that_is_being_cancelled_is_ended_by_the_next_gateway(
             wait_until(lambda: sdk.batches.retrieve(batch.id).cancelling_at)
         second.end(signal.SIGKILL)
         with start().client() as sdk:
-            wait_until(lambda: worker.redis.zcard(worker.keys.active) == len(worker.fences) - 1)
-            running = list(worker.redis.zrange(worker.keys.active, 0, -1))
+            running = wait_until(lambda: all_running(worker))
             for job_id in running:
                 worker.emit(job_id, token("late"), done())
             batch = ended(sdk, batch)

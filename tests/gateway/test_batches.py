@@ -17,7 +17,7 @@ from lamella_gateway.batch_record import BatchRecord
 from lamella_gateway.batch_store import BatchStore
 from tests.client.acting_worker import MODEL, ActingWorker, done, token
 from tests.client.answering_worker import AnsweringWorker as Patient
-from tests.gateway.batch_lines import CHAT, begin, chat_line, ended, line, records, texts, upload
+from tests.gateway.batch_lines import CHAT, all_running, begin, chat_line, ended, line, records, texts, upload
 from tests.gateway.conftest import MakeKey
 from tests.gateway.running_gateway import AnsweringWorker, RunningGateway
 from tests.waiting import wait_until
@@ -178,10 +178,7 @@ def test_a_cancelled_batch_finishes_what_runs_and_gives_up_the_rest(sdk: openai.
         wait_until(lambda: len(patient.asked) >= 3)
         asked = sdk.batches.cancel(batch.id)
         wait_until(lambda: sdk.batches.retrieve(batch.id).cancelling_at)
-        running = [
-            job_id for job_id in worker.fences if worker.redis.hget(worker.keys.job(job_id), "state") == "running"
-        ]
-        wait_until(lambda: worker.redis.zcard(worker.keys.active) == len(running))
+        running = wait_until(lambda: all_running(worker))
         for job_id in running:
             worker.emit(job_id, token("late"), done())
         batch = ended(sdk, batch)
