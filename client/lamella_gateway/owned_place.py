@@ -52,7 +52,7 @@ def is_owner(name: str) -> bool:
 
 def new_id(kind: str) -> str:
     """Return a new id, ``file-...`` or ``batch_...``; later ones sort behind."""
-    return f"{kind}{time.time_ns() // 1000:014x}{secrets.token_hex(5)}"
+    return f"{kind}{time.time_ns():016x}{secrets.token_hex(4)}"
 
 
 def is_id(text: str, kind: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import openai
@@ -17,6 +17,20 @@ from tests.gateway.running_gateway import RunningGateway
 from tests.waiting import wait_until
 
 CONTENT = b'{"custom_id": "a"}\n'
+
+
+@pytest.fixture(scope="module")
+def refusing(session_server: EmbeddedServer) -> Iterator[RunningGateway]:
+    """A gateway for requests that leave nothing behind."""
+    with RunningGateway(session_server.url) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def refused(refusing: RunningGateway) -> Iterator[openai.OpenAI]:
+    """The SDK's client of `refusing`."""
+    with refusing.client() as client:
+        yield client
 
 
 def kept(root: Path) -> list[str]:
@@ -84,13 +98,13 @@ async def test_the_async_client_does_the_same(gateway: RunningGateway) -> None:
     ids=["purpose", "seconds", "anchor", "unknown"],
 )
 def test_what_cannot_be_is_refused_by_field(
-    sdk: openai.OpenAI, gateway: RunningGateway, fields: dict[str, object], param: str, said: str
+    refused: openai.OpenAI, refusing: RunningGateway, fields: dict[str, object], param: str, said: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=said) as caught:
-        sdk.files.create(file=("a", CONTENT), **fields)  # type: ignore[arg-type]  # wrong on purpose
+        refused.files.create(file=("a", CONTENT), **fields)  # type: ignore[arg-type]  # wrong on purpose
 
     assert param in str(caught.value.param)
-    assert kept(gateway.settings.files_root) == []
+    assert kept(refusing.settings.files_root) == []
 
 
 @pytest.mark.parametrize(
@@ -109,16 +123,16 @@ def test_what_cannot_be_is_refused_by_field(
     ids=["no-file", "no-purpose", "cut", "two-files", "twice", "long", "header", "nameless", "empty"],
 )
 def test_a_form_that_cannot_be_read_leaves_nothing(
-    gateway: RunningGateway, body: bytes, status: int, said: str
+    refusing: RunningGateway, body: bytes, status: int, said: str
 ) -> None:
-    answered, text = post_form(gateway, body)
+    answered, text = post_form(refusing, body)
 
     assert (answered, said in json.loads(text)["error"]["message"]) == (status, True)
-    assert kept(gateway.settings.files_root) == []
+    assert kept(refusing.settings.files_root) == []
 
 
-def test_what_is_no_form_is_told_so(gateway: RunningGateway) -> None:
-    answered, text = post_form(gateway, b"{}", "application/json")
+def test_what_is_no_form_is_told_so(refusing: RunningGateway) -> None:
+    answered, text = post_form(refusing, b"{}", "application/json")
 
     assert (answered, json.loads(text)["error"]["code"]) == (415, "not_a_form")
 
@@ -148,11 +162,9 @@ def test_a_name_is_shown_and_is_no_path(sdk: openai.OpenAI, gateway: RunningGate
 
 
 @pytest.mark.parametrize("given", IDS, ids=range(len(IDS)))
-def test_an_id_that_cannot_be_one_finds_nothing(sdk: openai.OpenAI, given: str) -> None:
-    upload(sdk)
-
+def test_an_id_that_cannot_be_one_finds_nothing(refused: openai.OpenAI, given: str) -> None:
     with pytest.raises(openai.NotFoundError):
-        sdk.files.retrieve(given)
+        refused.files.retrieve(given)
 
 
 def test_a_list_comes_in_pages_in_both_orders(sdk: openai.OpenAI) -> None:
@@ -172,9 +184,9 @@ def test_a_list_comes_in_pages_in_both_orders(sdk: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("query", [{"limit": 0}, {"after": "x"}, {"order": "up"}, {"purpose": "x"}])
-def test_a_page_that_cannot_be_is_refused(sdk: openai.OpenAI, query: dict[str, object]) -> None:
+def test_a_page_that_cannot_be_is_refused(refused: openai.OpenAI, query: dict[str, object]) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        sdk.files.list(**query)  # type: ignore[arg-type]  # wrong on purpose
+        refused.files.list(**query)  # type: ignore[arg-type]  # wrong on purpose
 
     assert caught.value.param == next(iter(query))
 
