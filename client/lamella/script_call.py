@@ -17,8 +17,10 @@ from lamella.errors import DecodeError
 from lamella.keys import Keys
 
 BASE = "_base"  # before each script; and before those that touch the queue, in this order:
-QUEUE_PARTS = ("_queue", "_message", "_end", "_dispatch", "_outlook")
+QUEUE_PARTS = ("_queue", "_message", "_end", "_dispatch")
+OUTLOOK = "_outlook"  # after those, for scripts that estimate: what a script does not call still costs it time
 
+ESTIMATING = ("submit", "outlook")
 ALONE = ("emit", "admit", "attach", "settle")  # scripts that do not touch the queue
 
 Reply_co = TypeVar("Reply_co", covariant=True)
@@ -70,7 +72,8 @@ class ScriptCall(Generic[Reply_co]):
 def script_source(name: ScriptName) -> str:
     """Return the Lua text of a script: the parts that it shares with others, and its own."""
     folder = resources.files("lamella").joinpath("lua")
-    parts = (BASE,) if name.value in ALONE else (BASE, *QUEUE_PARTS)
+    queue = () if name.value in ALONE else QUEUE_PARTS
+    parts = (BASE, *queue, *((OUTLOOK,) if name.value in ESTIMATING else ()))
     own = ScriptName.EMIT if name is ScriptName.END else name
     return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in (*parts, own.value))
 

@@ -24,8 +24,9 @@ local function note_class(model, class, waits)
   end
 end
 
--- Moves a waiting job into flight and charges its user for it; `at` is the user's virtual time.
-local function take(job_id, job, now, at, weight)
+-- Moves a waiting job into flight and charges its user for it; `at` is the user's virtual time, `sends` the messages sent
+-- for the job, one that follows included.
+local function take(job_id, job, now, at, weight, sends)
   local key, queue_time = users('ready', job.model, job.class), virtual_time(job.model, job.class)
   local charge = job.cost / weight
   if at and at > queue_time then
@@ -35,16 +36,16 @@ local function take(job_id, job, now, at, weight)
   if at then redis.call('ZADD', key, exact(at + charge), job.user) end
   leave_line(job_id, job)
   enter_flight(job_id, job, now)
-  redis.call('HSET', record(job_id), 'place', 'sent', 'charge', exact(charge), 'nudged_at', now, 'nudges', 0)
+  redis.call('HSET', record(job_id), 'place', 'sent', 'charge', exact(charge), 'nudged_at', now, 'nudges', 0,
+    'sends', sends)
   -- Users whose time has come to nothing are forgotten, a few with each job.
   local spent = users('spent', job.model, job.class)
   local old = redis.call('ZRANGEBYSCORE', spent, '-inf', exact(queue_time), 'LIMIT', 0, 4)
   if #old > 0 then redis.call('ZREM', spent, unpack(old)) end
 end
 
-local function push(job_id, model, is_first)
-  local sends = redis.call('HINCRBY', record(job_id), 'sends', 1)
-  local list, message = P .. 'generate.' .. model, celery_message(job_id, model, sends)
+local function push(job_id, job, sends, is_first)
+  local list, message = P .. 'generate.' .. job.model, celery_message(job_id, job.model, sends, job.trace)
   if is_first then redis.call('RPUSH', list, message) else redis.call('LPUSH', list, message) end
 end
 
@@ -73,15 +74,15 @@ local function send_first(model, class, now)
   local job = queued_job(job_id, now)
   if job.state ~= 'queued' then  -- gone, or ended by a version that knows no lines
     job.model, job.user, job.class, job.place = model, user, tostring(class), 'ready'
-    settle(job_id, job, nil, now)
+    forget(job_id, job, now)
     return false
   end
   if job.deadline and job.deadline <= now then
-    finish(job_id, job, 'failed', DEADLINE, now)
+    finish(job_id, job, 'failed', deadline_event(), now)
     return false
   end
-  take(job_id, job, now, tonumber(first[2]), limits.weight)
-  push(job_id, model, false)
+  take(job_id, job, now, tonumber(first[2]), limits.weight, job.sends + 1)
+  push(job_id, job, job.sends + 1, false)
   return true
 end
 

@@ -59,14 +59,13 @@ local function let_go_on(model, class, user)
   redis.call('ZADD', users('ready', model, class), at, user)
 end
 
--- Puts a job in its user's line. A user who had none waiting starts at the queue's virtual time: idling earns nothing.
+-- Puts a job, whose record says `ready` already, in its user's line. A user who had none waiting starts at the queue's virtual time: idling earns nothing.
 local function join_line(job_id, job)
   redis.call('ZADD', line(job.model, job.class, job.user), job.order, job_id)
   redis.call('HINCRBY', book(job.model), 'n' .. job.class, 1)
   redis.call('HINCRBY', book(job.model), 't' .. job.class, job.cost)
   count(job.model, job.user, 'queued', 1)
   redis.call('SADD', P .. 'queues', job.model)
-  redis.call('HSET', record(job_id), 'place', 'ready')
   local kind, at = find_user(job.model, job.class, job.user)
   if kind == 'ready' or kind == 'held' then return end
   local start = math.max(at or 0, virtual_time(job.model, job.class))
@@ -93,33 +92,47 @@ local function enter_flight(job_id, job, now)
   redis.call('ZADD', flight(job.model), now, job_id)
   redis.call('HINCRBY', book(job.model), 'tf', job.cost)
   count(job.model, job.user, 'sent', 1)
-  redis.call('SADD', P .. 'queues', job.model)
 end
 
 local function leave_flight(job_id, job)
   if redis.call('ZREM', flight(job.model), job_id) == 0 then return end
   redis.call('HINCRBY', book(job.model), 'tf', -job.cost)
   count(job.model, job.user, 'sent', -1)
-  for _, class in ipairs(CLASSES) do let_go_on(job.model, class, job.user) end
+  local model = job.model
+  if redis.call('EXISTS', users('held', model, 0), users('held', model, 1), users('held', model, 2)) == 0 then return end
+  for _, class in ipairs(CLASSES) do let_go_on(model, class, job.user) end
 end
 
--- Reads what the queue needs of a record. Records of versions without this queue have their message in Celery already:
--- they count as sent by the anonymous user, at no cost.
+-- Reads what the queue needs of a record, and the further fields that are named. Returns it, and their values.
+local function read_job(job_id, ...)
+  local held = redis.call('HMGET', record(job_id), 'model', 'user', 'class', 'cost', 'order', 'place', 'charge',
+    'prompt_cost', 'tokens', 'attempts', 'sends', 'started_at', 'deadline', 'state', 'trace', ...)
+  return {model = held[1], user = held[2] or 'anonymous', class = held[3] or '1', cost = number(held[4]),
+    order = held[5], place = held[6], charge = number(held[7]), prompt_cost = number(held[8]), tokens = number(held[9]),
+    attempts = number(held[10]), sends = number(held[11]), started_at = tonumber(held[12] or nil),
+    deadline = tonumber(held[13] or nil), state = held[14], trace = held[15]}, unpack(held, 16)
+end
+
+-- Puts a job in flight that no line had.
+local function join_flight(job_id, job, now)
+  job.place = 'sent'
+  redis.call('HSET', record(job_id), 'place', 'sent')
+  enter_flight(job_id, job, now)
+  redis.call('SADD', P .. 'queues', job.model)
+end
+
+-- Records of versions without this queue have their message in Celery already: they count as sent by the anonymous
+-- user, at no cost.
+local function adopt(job_id, job, now)
+  if job.model and not job.order then
+    job.order = redis.call('HINCRBY', book(job.model), 'order', 1)
+    redis.call('HSET', record(job_id), 'user', job.user, 'class', job.class, 'cost', 0, 'order', job.order)
+  end
+  if job.model and not job.place and not is_final(job.state) then join_flight(job_id, job, now) end
+end
+
 local function queued_job(job_id, now)
-  local job = redis.call('HMGET', record(job_id), 'model', 'user', 'class', 'cost', 'order', 'place', 'charge',
-    'prompt_cost', 'tokens', 'attempts', 'sends', 'started_at', 'deadline', 'state')
-  local read = {model = job[1], user = job[2] or 'anonymous', class = job[3] or '1', cost = number(job[4]),
-    order = job[5], place = job[6], charge = number(job[7]), prompt_cost = number(job[8]), tokens = number(job[9]),
-    attempts = number(job[10]), sends = number(job[11]), started_at = tonumber(job[12] or nil),
-    deadline = tonumber(job[13] or nil), state = job[14]}
-  if read.model and not read.order then
-    read.order = redis.call('HINCRBY', book(read.model), 'order', 1)
-    redis.call('HSET', record(job_id), 'user', read.user, 'class', read.class, 'cost', 0, 'order', read.order)
-  end
-  if read.model and not read.place and not is_final(read.state) then
-    read.place = 'sent'
-    redis.call('HSET', record(job_id), 'place', 'sent')
-    enter_flight(job_id, read, now)
-  end
-  return read
+  local job = read_job(job_id)
+  adopt(job_id, job, now)
+  return job
 end

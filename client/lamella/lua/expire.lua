@@ -10,7 +10,7 @@ for _, job_id in ipairs(due) do
   local is_held = held[1] == 'running' and number(held[2]) > now
   if held[1] and not is_final(held[1]) and not is_held then
     local job = queued_job(job_id, now)
-    finish(job_id, job, 'failed', DEADLINE, now)
+    finish(job_id, job, 'failed', deadline_event(), now)
     models[job.model] = true
   end
 end

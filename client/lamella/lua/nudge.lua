@@ -10,14 +10,14 @@ local job = queued_job(job_id, now)
 if not state or is_final(state) then
   job.model = job.model or model
   if not state and redis.call('ZSCORE', flight(model), job_id) then job.place = 'sent' end
-  settle(job_id, job, nil, now)
+  forget(job_id, job, now)
   dispatch(job.model, AT_END, now)
   return 'gone'
 end
 if state == 'running' and number(held[2]) > now then return 'held' end
 local ended, event = nil, nil
 if held[5] then ended, event = 'cancelled', CANCELLED
-elseif job.deadline and job.deadline <= now then ended, event = 'failed', DEADLINE end
+elseif job.deadline and job.deadline <= now then ended, event = 'failed', deadline_event() end
 if ended then
   finish(job_id, job, ended, event, now)
   dispatch(job.model, AT_END, now)
@@ -32,6 +32,6 @@ local is_busy = redis.call('LLEN', P .. 'generate.' .. job.model) > 0 or job.pla
 if state == 'queued' and is_busy then quiet = quiet * 2 ^ math.min(nudges + 3, 12) end
 if state == 'running' and nudges == 0 then quiet = 0 end
 if now - number(held[3]) < quiet then return 'waiting' end
-redis.call('HSET', KEYS[1], 'nudged_at', now, 'nudges', nudges + 1)
-push(job_id, job.model, true)
+redis.call('HSET', KEYS[1], 'nudged_at', now, 'nudges', nudges + 1, 'sends', job.sends + 1)
+push(job_id, job, job.sends + 1, true)
 return 'nudged'

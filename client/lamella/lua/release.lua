@@ -11,10 +11,10 @@ local now = now_ms()
 local job = queued_job(job_id, now)
 redis.call('HINCRBY', KEYS[1], 'attempts', -tonumber(ARGV[5]))
 redis.call('HINCRBY', KEYS[1], 'fence', 1)
-redis.call('HSET', KEYS[1], 'state', 'queued', 'lease_until', 0, 'nudges', 0, 'nudged_at', now)
+redis.call('HSET', KEYS[1], 'state', 'queued', 'lease_until', 0, 'nudges', 0, 'nudged_at', now,
+  'place', ARGV[6] == '1' and 'parked' or 'ready')
 leave_flight(job_id, job)
 if ARGV[6] == '1' then
-  redis.call('HSET', KEYS[1], 'place', 'parked')
   dispatch(job.model, AT_END, now)
   return 'ok'
 end
@@ -24,6 +24,6 @@ redis.call('HDEL', KEYS[1], 'charge')
 if job.deadline then redis.call('ZADD', P .. 'deadlines', job.deadline, job_id) end
 job.place, job.state = 'ready', 'queued'
 if held[3] then finish(job_id, job, 'cancelled', CANCELLED, now)
-elseif job.deadline and job.deadline <= now then finish(job_id, job, 'failed', DEADLINE, now) end
+elseif job.deadline and job.deadline <= now then finish(job_id, job, 'failed', deadline_event(), now) end
 dispatch(job.model, AT_END, now)
 return 'ok'

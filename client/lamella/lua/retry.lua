@@ -31,7 +31,8 @@ local job = {model = model, user = dead[8] or 'anonymous', class = dead[9] or '1
   order = redis.call('HINCRBY', book(model), 'order', 1)}
 redis.call('HSET', KEYS[3], 'v', dead[2], 'state', 'queued', 'model', model, 'request', dead[6], 'created_at', now,
   'attempts', 0, 'fence', 0, 'lease_until', 0, 'seq', seq, 'nudged_at', now, 'nudges', 0, 'user', job.user,
-  'class', job.class, 'cost', job.cost, 'prompt_cost', number(dead[11]), 'order', job.order, 'tokens', tokens)
+  'class', job.class, 'cost', job.cost, 'prompt_cost', number(dead[11]), 'order', job.order, 'tokens', tokens,
+  'place', 'ready')
 if ARGV[8] ~= '' then redis.call('HSET', KEYS[3], 'trace', ARGV[8]) end
 redis.call('HSET', KEYS[1], 'retried_as', new_id)
 count(model, job.user, 'tokens', job.cost)

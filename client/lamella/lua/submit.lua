@@ -64,7 +64,7 @@ local job = {model = model, user = user, class = class, cost = cost,
   order = redis.call('HINCRBY', book(model), 'order', 1)}
 redis.call('HSET', KEYS[1], 'v', ARGV[4], 'state', 'queued', 'model', model, 'request', ARGV[6], 'created_at', now,
   'attempts', 0, 'fence', 0, 'lease_until', 0, 'seq', 0, 'nudged_at', now, 'nudges', 0, 'user', user, 'class', class,
-  'cost', cost, 'prompt_cost', ARGV[13], 'order', job.order)
+  'cost', cost, 'prompt_cost', ARGV[13], 'order', job.order, 'place', 'ready')
 if ARGV[17] ~= '' then redis.call('HSET', KEYS[1], 'trace', ARGV[17]) end
 if span > 0 then
   redis.call('HSET', KEYS[1], 'deadline', now + span)
