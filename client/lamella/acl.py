@@ -66,7 +66,7 @@ _MAIL = ("brpop", "rpop", "lpush", "llen", "del", "exists", "sadd", "srem", "sme
 
 _FOLLOW = ("hmget", "xrange", "zrange", "zrevrange")
 _REGISTRY = (
-    "evalsha", "script|load", "script|exists", "hget", "hmget", "mget", "get", "set", "del", "pexpire", "sscan",
+    "evalsha", "script|load", "script|exists", "hget", "hmget", "mget", "get", "set", "del", "pexpire", "pttl", "sscan",
     "xrange", "zrange", "zrevrange", "exists", "zadd", "zrem", "publish", "lpop",
 )
 _BROKER = (*_MAIL, "time", "zrangebyscore", "rpush", "hset", "hdel", "zrevrangebyscore", "psubscribe", "punsubscribe")

@@ -11,18 +11,15 @@ from kombu.transport.redis import Channel
 from lamella_worker.app import VISIBILITY_TIMEOUT_S, broker_url, make_app
 from lamella_worker.config import load_config
 from lamella_worker.model_slots import ModelSlots
-from lamella_worker.reconciler import Reconciler
-from lamella_worker.registry import Registry, open_redis
 from lamella_worker.subscriptions import Subscriptions
 from lamella_worker.transport import NAME, Transport
 
 
-def app_for(url: str, registry: Registry, prefix: str = "p:"):  # type: ignore[no-untyped-def]  # celery has no types
+def app_for(url: str, prefix: str = "p:"):  # type: ignore[no-untyped-def]  # celery has no types
     flags: dict[str, object] = {"worker.model": "owner/name", "redis.url": url, "redis.prefix": prefix}
     config = load_config(None, {**flags, "engine.max_sequences": 5}, environ={})
-    client = open_redis("redis://127.0.0.1:1/0", 1.0)
     served = Subscriptions(lambda: config.worker.served, config.slots)
-    return make_app(config, Reconciler(client, registry, "w", 10.0), served, ModelSlots(config.slots))
+    return make_app(config, served, ModelSlots(config.slots))
 
 
 @pytest.mark.parametrize(
@@ -53,16 +50,16 @@ def test_kombu_reads_the_socket_the_database_and_the_password_back() -> None:
     assert isinstance(connection.transport, Transport)
 
 
-def test_a_worker_consumes_its_models_queue_only_and_one_job_a_slot(registry: Registry) -> None:
-    app = app_for("redis://host/0", registry)
+def test_a_worker_consumes_its_models_queue_only_and_one_job_a_slot() -> None:
+    app = app_for("redis://host/0")
 
     assert list(app.amqp.queues) == ["generate.owner/name"]
     assert app.conf.worker_concurrency == 5
     assert app.conf.worker_prefetch_multiplier == 1
 
 
-def test_deliveries_are_acknowledged_late_and_come_back_soon(registry: Registry) -> None:
-    app = app_for("redis://host/0", registry, prefix="p:")
+def test_deliveries_are_acknowledged_late_and_come_back_soon() -> None:
+    app = app_for("redis://host/0", prefix="p:")
 
     options = app.conf.broker_transport_options
 
@@ -78,9 +75,9 @@ def test_deliveries_are_acknowledged_late_and_come_back_soon(registry: Registry)
     assert options["unacked_mutex_expire"] == 15
 
 
-def test_tls_checks_the_certificate_unless_told_otherwise(registry: Registry) -> None:
-    strict = app_for("rediss://host/0", registry)
-    loose = app_for("rediss://host/0?ssl_cert_reqs=none", registry)
+def test_tls_checks_the_certificate_unless_told_otherwise() -> None:
+    strict = app_for("rediss://host/0")
+    loose = app_for("rediss://host/0?ssl_cert_reqs=none")
 
     assert isinstance(strict.connection_for_read().transport, Transport)
     assert strict.connection_for_read().ssl == {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}

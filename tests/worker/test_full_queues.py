@@ -13,7 +13,6 @@ from lamella.registry_calls import submit_call
 from lamella_worker.app import make_app
 from lamella_worker.config import load_config
 from lamella_worker.model_slots import ModelSlots
-from lamella_worker.reconciler import Reconciler
 from lamella_worker.registry import Registry
 from lamella_worker.subscriptions import Subscriptions, make_queue
 from tests.waiting import wait_until
@@ -27,7 +26,7 @@ def test_messages_of_a_full_queue_stay_there_until_it_is_full_no_more(
     registry, slots = Registry(embedded_redis, KEYS), ModelSlots(1)
     flags: dict[str, object] = {"worker.models": ("a", "b"), "redis.url": embedded_server.url, "redis.prefix": "full:"}
     config = load_config(None, flags, environ={})
-    app = make_app(config, Reconciler(embedded_redis, registry, "w", 1.0), Subscriptions(lambda: ("a", "b"), 1), slots)
+    app = make_app(config, Subscriptions(lambda: ("a", "b"), 1), slots)
     for model in ("a", "b"):
         registry.call(serve_call(KEYS, "w", model, 10))
         for number in range(3):

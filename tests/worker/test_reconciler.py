@@ -8,11 +8,13 @@ import redis
 
 from lamella.keys import Keys
 from lamella.messages import GenerateRequest, JobState
+from lamella.queue_calls import serve_call
 from lamella.queue_terms import QueueTerms
 from lamella.registry_calls import cancel_call, claim_call, release_call, submit_call
 from lamella_worker import reconciler as reconciler_module
-from lamella_worker.reconciler import Reconciler
+from lamella_worker.reconciler import LOCK_MS, Reconciler
 from lamella_worker.registry import Registry
+from tests.waiting import wait_until
 from tests.worker.conftest import Jobs
 
 
@@ -210,3 +212,32 @@ def test_a_lost_job_in_flight_is_found_however_many_wait(
     reconciler.tick()
 
     assert jobs.queue() == ["j599"]
+
+
+def test_the_reconcilers_own_thread_sends_a_job_again_once_its_lease_ended(embedded_redis: redis.Redis) -> None:
+    registry = Registry(embedded_redis, Keys())
+    registry.call(serve_call(registry.keys, "w", "tiny", 4))
+    registry.call(submit_call(registry.keys, "a", GenerateRequest(model="tiny", prompt="hello")))
+    embedded_redis.delete(registry.keys.queue_list("tiny"))
+    registry.call(claim_call(registry.keys, "a", "gone", 700, 3))
+    reconciler = Reconciler(embedded_redis, registry, "w1", 1.0)
+
+    reconciler.start()
+    try:
+        wait_until(lambda: embedded_redis.llen(registry.keys.queue_list("tiny")) == 1)
+    finally:
+        reconciler.stop(10)
+
+    nudged_at, lease_until = embedded_redis.hmget(registry.keys.job("a"), ["nudged_at", "lease_until"])
+    assert int(str(nudged_at)) >= int(str(lease_until))
+
+
+def test_who_does_not_lead_looks_again_when_the_leader_may_be_gone(
+    reconciler: Reconciler, fake_redis: redis.Redis, registry: Registry
+) -> None:
+    reconciler.tick()
+    other = Reconciler(fake_redis, registry, "w2", 1.0)
+
+    wait_s = other.tick()
+
+    assert 0 < wait_s <= LOCK_MS / 1000

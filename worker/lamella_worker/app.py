@@ -2,7 +2,7 @@
 
 Owns every Celery setting, because each of them was chosen against a fault: messages are acknowledged after the work,
 redelivered within seconds, carry an id only, and never leave a result. Knows nothing of engines; `tasks` adds the one
-task, `lease`, `reconciler` and `subscriptions` are its consumer's timers.
+task, `lease` and `subscriptions` are its consumer's timers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from lamella_worker.config import WorkerConfig
 from lamella_worker.flower_info import FlowerInfo
 from lamella_worker.lease import DeliveryLease
 from lamella_worker.model_slots import ModelSlots, celery_concurrency
-from lamella_worker.reconciler import Reconciler, ReconcilerStep
 from lamella_worker.remote_control import LookOnlyNode
 from lamella_worker.subscriptions import Subscriptions, SubscriptionStep, make_queue
 
@@ -27,7 +26,7 @@ VISIBILITY_TIMEOUT_S = 60  # renewed each third of it by `lease`; a dead worker'
 BROKER_TIMEOUT_S = 5  # the consumer waits for several such answers in turn before it knows that a connection is dead
 
 
-def make_app(config: WorkerConfig, reconciler: Reconciler, subscriptions: Subscriptions, slots: ModelSlots) -> Celery:
+def make_app(config: WorkerConfig, subscriptions: Subscriptions, slots: ModelSlots) -> Celery:
     """Return the Celery app of one worker, consuming the queues of the models that it starts with."""
     app = Celery("lamella", set_as_current=False)
     queues = [queue_name(model) for model in config.worker.served]
@@ -67,9 +66,8 @@ def make_app(config: WorkerConfig, reconciler: Reconciler, subscriptions: Subscr
         },
     )
     app.lamella_subscriptions = subscriptions
-    app.lamella_reconciler = reconciler
     app.control.mailbox.node_cls = LookOnlyNode
-    app.steps["consumer"].update({DeliveryLease, FlowerInfo, ReconcilerStep, SubscriptionStep})
+    app.steps["consumer"].update({DeliveryLease, FlowerInfo, SubscriptionStep})
     return app
 
 

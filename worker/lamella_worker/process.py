@@ -258,13 +258,15 @@ class WorkerProcess:
             stack.callback(keeper.stop, JOIN_S)
             heartbeat.start()
             stack.callback(heartbeat.stop, JOIN_S)
+            reconciler.start()
+            stack.callback(reconciler.stop, JOIN_S)
             self._session, self._drain = session, drain
             pulls = PullKeeper(
                 impatient, self._keys, self.name, config.engine, config.security.admitted_pull, self._land
             )
             pulls.start()
             stack.callback(pulls.stop, JOIN_S)
-            return self._run_celery(session, reconciler, sources)
+            return self._run_celery(session, sources)
 
     def _tell_of(self, telemetry: Telemetry, session: Session) -> EngineSources:
         facts = WorkerFacts(self.name, self._device.label, self._serving, self._table)
@@ -278,9 +280,9 @@ class WorkerProcess:
         telemetry.tell_of(sources)
         return sources
 
-    def _run_celery(self, session: Session, reconciler: Reconciler, sources: EngineSources) -> int:
+    def _run_celery(self, session: Session, sources: EngineSources) -> int:
         subscriptions = Subscriptions(lambda: self._serving.names, self._config.slots)
-        app = make_app(self._config, reconciler, subscriptions, self._slots)
+        app = make_app(self._config, subscriptions, self._slots)
         app.lamella_sources = sources
         add_generate_task(app, session)
         signals.setup_logging.connect(_keep_logging)

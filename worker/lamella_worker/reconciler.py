@@ -1,42 +1,47 @@
 """Finds jobs that nobody works on and sends their messages again; drops workers that are gone.
 
-Owns two walks in bounded pages, about once a second, by one worker at a time (the holder of the ``reconciler`` lock,
-whichever model it serves): over the jobs in flight, where messages and workers get lost, and slowly over all active
-jobs, which finds those of versions without a queue of waiting jobs. What counts as lost is decided by the nudge script,
-so two walkers at once do no harm. Without it a job whose message was lost, or whose worker died, would wait for ever.
-`queue_tender` says what is in flight, and sends what was not sent in time.
+Owns one thread with its own clock: Celery's loop may sleep for a second, and waits for whatever its consumer does. One
+worker at a time does it, the holder of the ``reconciler`` lock, whichever model it serves. It looks at the jobs in
+flight, where messages and workers get lost, twice a second and at the very moment when a lease ends that nobody renews;
+and once a second at a page of all active jobs, which finds those of versions without a queue of waiting jobs. What
+counts as lost is decided by the nudge script, so two walkers at once do no harm. Without it a job whose message was
+lost, or whose worker died, would wait for ever. `queue_tender` says what is in flight, and sends what was not sent in
+time.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+import threading
+import time
+from typing import cast
 
 import redis
-from celery import bootsteps
 from redis.exceptions import RedisError
 
 from lamella.keys import Keys
 from lamella.registry_calls import NudgeStatus, nudge_call
 from lamella_worker.job_watch import NO_WATCH, JobWatch
 from lamella_worker.listing_sweep import ListingSweep
-from lamella_worker.queue_tender import QueueTender
+from lamella_worker.queue_tender import TICK_S, QueueTender
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
+from lamella_worker.stoppable_thread import StoppableThread
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.5  # asked of Celery's loop, which wakes once a second when nothing happens
-PAGE = 500  # jobs looked at in one tick
+WALK_S = 1.0  # between two pages of all active jobs
+PAGE = 500  # jobs looked at in one
 WORKERS_LISTED = 1000
-LOCK_MS = 2000  # of a leader that is gone; two at once do no harm
+LOCK_MS = 1000  # of a leader that is gone; two at once do no harm
+SHORTEST_WAIT_S = 0.005
 SHORTEST_QUIET_MS = 2000
 
 
 class Reconciler:
-    """The walk itself; `tick` is called by one thread.
+    """The walk and the thread that takes it; who calls `tick` by itself does not `start` it.
 
     Args:
-        client: a connection with a short timeout, since `tick` runs on the consumer's loop.
+        client: a connection with a short timeout, for what is asked may stall others.
         registry: where nudges go; over the same client.
         name: this worker, as it holds the lock.
         lease_s: the least time between two nudges of a job.
@@ -55,22 +60,49 @@ class Reconciler:
         self._watch = watch
         self._offset = 0
         self._listing = ListingSweep(client, registry.keys)
+        self._walked_at = float("-inf")
         self._is_away = False
+        self._thread = StoppableThread("reconciler", self._run)
 
-    def tick(self) -> None:
-        """Look at the next page of active jobs, if it is this worker's turn; a Redis that is away is left alone."""
+    def start(self) -> None:
+        """Start looking."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop looking; waits at most `timeout_s` seconds for a look under way."""
+        self._thread.stop(timeout_s)
+
+    def _run(self, stop: threading.Event) -> None:
+        wait_s = 0.0
+        while not stop.wait(wait_s):
+            try:
+                wait_s = max(SHORTEST_WAIT_S, self.tick())
+            except Exception:
+                # A look that fails in an unforeseen way must not be the last one.
+                log.exception("reconciling failed")
+                wait_s = TICK_S
+
+    def tick(self) -> float:
+        """Look after what is due, if it is this worker's turn, and return in how many seconds to look again.
+
+        A Redis that is away is left alone.
+        """
         try:
             if not self._is_leader():
-                return
+                return self._until_lock_ends_s()
             self._nudge(self._tender.tend())
-            self._nudge_page()
-            self._drop_dead_workers()
-            self._listing.sweep()
+            if time.monotonic() - self._walked_at >= WALK_S:
+                self._walked_at = time.monotonic()
+                self._nudge_page()
+                self._drop_dead_workers()
+                self._listing.sweep()
             self._is_away = False
+            return self._tender.due_in_s()
         except (RedisError, RegistryAway, RegistryBroken) as error:
             if not self._is_away:
                 log.warning("no reconciling for now: %s", error)
             self._is_away = True
+        return TICK_S
 
     def _is_leader(self) -> bool:
         key = self._keys.reconciler
@@ -79,6 +111,11 @@ class Reconciler:
         if self._client.get(key) != self._name:
             return False
         return bool(self._client.pexpire(key, LOCK_MS))
+
+    def _until_lock_ends_s(self) -> float:
+        """When the lock ends if its holder does not renew it; a living one renews it several times before."""
+        left_ms = self._client.pttl(self._keys.reconciler)
+        return min(max(left_ms, 0) + 1, LOCK_MS) / 1000
 
     def _nudge_page(self) -> None:
         page = cast(list[str], self._client.zrange(self._keys.active, self._offset, self._offset + PAGE - 1))
@@ -118,23 +155,3 @@ class Reconciler:
         if dead:
             self._client.zrem(self._keys.workers, *dead)
             log.warning("workers that are gone: %s", ", ".join(dead))
-
-
-class ReconcilerStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery publishes no types
-    """Ticks the app's reconciler from the consumer's loop; the app carries it as `lamella_reconciler`."""
-
-    requires = ("celery.worker.consumer.tasks:Tasks",)
-
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        super().__init__(consumer, **options)
-        self._timer: Any = None
-
-    def start(self, consumer: Any) -> None:
-        """Start the timer; called again after each reconnect."""
-        self._timer = consumer.timer.call_repeatedly(TICK_S, consumer.app.lamella_reconciler.tick)
-
-    def stop(self, consumer: Any) -> None:
-        """Stop the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
