@@ -1,4 +1,5 @@
-"""What each role may do on the server, as lines of a Redis ACL file: client, gateway, worker, monitor.
+"""What each role may do on the server, as lines of a Redis ACL file: client, gateway, worker, monitor,
+metrics.
 
 Owns the keys, channels and commands of each role. The commands that the registry's scripts run are read from the
 scripts themselves, since the server checks them under the user who calls the script; the rest is listed here and held
@@ -8,7 +9,8 @@ against a real service by the tests. Needs Redis 7 or Valkey (key permissions an
 What the roles are trusted with is in ``docs/threat-model.md``. In short: a client submits, follows and cancels jobs of
 the whole prefix, but cannot take jobs, pose as a worker or load scripts; a gateway is a client that also reads API
 keys and books what they use; a worker does all of a client's and its own, and nothing outside the prefix; a monitor
-sees workers and the lengths of queues, but no prompt and no token. API keys are made by the administrator alone.
+sees workers and the lengths of queues, but no prompt and no token; metrics change nothing, but read jobs' records, in
+which prompts are. API keys are made by the administrator alone.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Role(StrEnum):
     GATEWAY = "gateway"
     WORKER = "worker"
     MONITOR = "monitor"
+    METRICS = "metrics"
 
 
 # fmt: off
@@ -41,6 +44,9 @@ _CONNECT = (
     "auth", "hello", "ping", "select", "client|setinfo", "client|setname", "client|info", "multi", "exec", "discard",
     "subscribe", "unsubscribe", "info",
 )
+
+# What those say that neither change anything nor follow anyone.
+_ASK = ("auth", "hello", "ping", "select", "client|setinfo", "client|setname")
 
 # Jobs, and the queues in front of them. Clients write them as well: scripts run with the rights of their caller.
 _JOBS = ("job:*", "tok:*", "active", "jobs", "deadlines")
@@ -139,6 +145,9 @@ def grants(role: Role) -> tuple[Grant, ...]:
                 Grant(("mget", "zrevrange", "zrange"), reads=_WORKERS),
                 Grant(_COUNTS, reads=(*_QUEUES, "active", "jobs", "deadlines")),
             )
+        case Role.METRICS:
+            # State and model of a job are fields of its record; the server knows no rights on fields.
+            return (Grant((*_ASK, "time", "zrange", "hmget", "mget"), reads=(*_WORKERS, "active", "jobs", "job:*")),)
 
 
 def user_line(role: Role, prefix: str, passwords: Sequence[str], database: int = 0) -> str:

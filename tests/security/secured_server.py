@@ -22,6 +22,7 @@ PASSWORDS = {
     Role.GATEWAY: "gate:way pw%4",
     Role.WORKER: "wor?ker#pw:2",
     Role.MONITOR: "mon%itor&pw=3",
+    Role.METRICS: "met+rics pw=5",
 }
 ADMIN_PASSWORD = "ad-min-4"
 

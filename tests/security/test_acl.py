@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from lamella.registry_calls import CancelStatus
 from lamella_gateway.api_keys import make_key, shown_key, store_key
 from lamella_worker.config import RedisTable
 from lamella_worker.health import check_worker
+from lamella_worker.metrics_fleet import FleetReader
 from lamella_worker.monitor import make_monitor
+from lamella_worker.registry import open_redis
 from tests.fixtures.servers import require_embedded
 from tests.gateway.batch_lines import begin, chat_line, ended
 from tests.gateway.running_gateway import RunningGateway
@@ -148,6 +151,22 @@ def test_the_health_check_works_as_a_worker_and_as_a_monitor(
         assert check_worker(table, None, 900.0, 40.0).is_healthy
 
 
+def test_metrics_of_the_service_are_read_with_the_rights_of_their_role(
+    client: Client, secured: SecuredServer, guarded_worker: SecuredWorker
+) -> None:
+    client.submit("Count me", model=MODEL, max_tokens=2).result(40)
+    client.submit("And me", model="nobody", require_worker=False)
+    secured.forget_refusals()
+
+    with closing(open_redis(secured.url(Role.METRICS), 40.0)) as reading:
+        fleet = FleetReader(reading, KEYS).read()
+
+    assert fleet is not None
+    assert fleet.queued["nobody"] >= 1
+    assert [worker.model.name for worker in fleet.workers] == [MODEL]
+    assert secured.refusals() == []
+
+
 JOB, TOKENS, HEARTBEAT, QUEUE = KEYS.job("1"), KEYS.stream("1"), KEYS.worker("w"), KEYS.queue_list(MODEL)
 EVERYBODY = (
     ("FLUSHALL",), ("FLUSHDB",), ("CONFIG", "GET", "*"), ("KEYS", "*"), ("SCAN", "0"), ("MONITOR",), ("SHUTDOWN",),
@@ -171,6 +190,12 @@ MONITORS_MAY_NOT = (
     ("SCRIPT", "LOAD", "return 1"), ("ZRANGE", KEYS.jobs, "0", "-1"),
     ("SADD", f"{PREFIX}_kombu.binding.generate.{MODEL}", "x"),
 )  # fmt: skip
+METRICS_MAY_NOT = (
+    ("HGETALL", JOB), ("XRANGE", TOKENS, "-", "+"), ("SUBSCRIBE", KEYS.channel("1")), ("HSET", JOB, "cancel", "1"),
+    ("ZADD", KEYS.active, "1", "x"), ("LLEN", QUEUE), ("LPUSH", QUEUE, "x"), ("DEL", JOB), ("SET", HEARTBEAT, "{}"),
+    ("EVALSHA", "0" * 40, "0"), ("SCRIPT", "LOAD", "return 1"), ("PUBLISH", KEYS.channel("1"), "x"), ("INFO",),
+    ("HMGET", KEYS.api_key("k"), "user"), ("HMGET", KEYS.idempotency("k"), "job"),
+)  # fmt: skip
 GATEWAYS_MAY_NOT = (
     *CLIENTS_MAY_NOT[:4], ("SCRIPT", "LOAD", "return 1"), ("HSET", KEYS.api_key("k"), "user", "x"),
     ("DEL", KEYS.api_key("k")), ("ZADD", KEYS.api_keys, "1", "k"), ("HSET", KEYS.limits, "a", "1"),
@@ -186,6 +211,7 @@ WORKERS_MAY_NOT = (("GET", "other"), ("HGETALL", "other:job:1"), ("SUBSCRIBE", "
         *((Role.CLIENT, command) for command in (("HGETALL", KEYS.api_key("k")), ("HGETALL", KEYS.unbilled))),
         *((Role.GATEWAY, command) for command in GATEWAYS_MAY_NOT),
         *((Role.MONITOR, command) for command in MONITORS_MAY_NOT),
+        *((Role.METRICS, command) for command in METRICS_MAY_NOT),
         *((Role.WORKER, command) for command in WORKERS_MAY_NOT),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60],
@@ -242,7 +268,7 @@ def test_the_files_in_configs_are_what_the_command_prints() -> None:
 
 def test_the_command_prints_a_whole_file_with_hashes_only(tmp_path: Path) -> None:
     arguments = ["acl", "--prefix", "mine:", "--db", "3"]
-    for name in ("client", "gateway", "worker", "monitor", "admin"):
+    for name in ("client", "gateway", "worker", "monitor", "metrics", "admin"):
         (tmp_path / name).write_text(f"secret-of-{name}\n")
         arguments += [f"--{name}-password-file", str(tmp_path / name)]
 
@@ -250,7 +276,8 @@ def test_the_command_prints_a_whole_file_with_hashes_only(tmp_path: Path) -> Non
 
     lines = result.output.splitlines()
     assert [line.split()[1] for line in lines] == [
-        "default", "lamella-admin", "lamella-client", "lamella-gateway", "lamella-worker", "lamella-monitor"
+        "default", "lamella-admin", "lamella-client", "lamella-gateway", "lamella-worker", "lamella-monitor",
+        "lamella-metrics",
     ]  # fmt: skip
     assert "secret" not in result.output
     assert lines[0] == "user default reset"

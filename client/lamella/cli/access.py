@@ -29,18 +29,27 @@ def acl(  # noqa: PLR0913  one argument for each option
     monitor: Annotated[
         PasswordFiles, typer.Option("--monitor-password-file", help="File with the monitors' password; repeatable.")
     ] = None,
+    metrics: Annotated[
+        PasswordFiles, typer.Option("--metrics-password-file", help="File with the password of metrics; repeatable.")
+    ] = None,
     admin: Annotated[
         PasswordFiles, typer.Option("--admin-password-file", help="File with the administrator's password; repeatable.")
     ] = None,
     database: Annotated[int, typer.Option("--db", min=0, max=9999, help="Number of the database in the URLs.")] = 0,
     role: Annotated[Role | None, typer.Option("--role", help="Print this role's line only.")] = None,
 ) -> None:
-    """Print the server's ACL file (`aclfile`) for a prefix: lamella-client, -gateway, -worker and -monitor.
+    """Print the server's ACL file (`aclfile`) for a prefix: lamella-client, -gateway, -worker, -monitor, -metrics.
 
     Files hold a password each, which is printed as a hash; a file given twice under one option makes two passwords
     valid at once. A role without a password is off. Only the administrator may do what Lamella itself never does.
     """
-    files = {Role.CLIENT: client, Role.GATEWAY: gateway, Role.WORKER: worker, Role.MONITOR: monitor}
+    files = {
+        Role.CLIENT: client,
+        Role.GATEWAY: gateway,
+        Role.WORKER: worker,
+        Role.MONITOR: monitor,
+        Role.METRICS: metrics,
+    }
     for line in admin_lines(_passwords(admin, "--admin-password-file")) if role is None else []:
         typer.echo(line)
     for each, given in files.items():
