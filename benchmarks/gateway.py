@@ -30,7 +30,7 @@ from typing import Any
 import redis
 
 from benchmarks.json_file import write_json
-from benchmarks.machine import Bystanders, proc_field
+from benchmarks.machine import Bystanders, proc_field, process_busy_s
 from lamella import AsyncClient
 from lamella.connection import script_digest
 from lamella.embedded import EmbeddedServer
@@ -228,8 +228,7 @@ class Process:
 
     def busy_s(self) -> float:
         """Processor time so far."""
-        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return process_busy_s(self._pid)
 
 
 def start(url: str, directory: Path) -> tuple[subprocess.Popen[str], int]:

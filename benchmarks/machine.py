@@ -44,6 +44,12 @@ class Bystanders:
         return round(max(0.0, others_s) / max(1e-3, time.monotonic() - self._began), 2)
 
 
+def process_busy_s(pid: int) -> float:
+    """Processor seconds that a process has used so far, itself and in the kernel."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def peak_rss_bytes() -> int | None:
     """The most memory this process has had resident so far; None where the system does not tell."""
     value = proc_field("/proc/self/status", "VmHWM")
