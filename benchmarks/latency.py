@@ -160,13 +160,14 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     terms = Terms(model, store, options.streams, options.ram)
     result: dict[str, Any] = {"model": model, "threads": os.environ.get("OMP_NUM_THREADS", "as torch chooses")}
     with ExitStack() as stack:
-        alone = stack.enter_context(EngineAlone(terms))
         service = stack.enter_context(Service(worker_command(terms, "worker"), "worker", directory))
+        alone = stack.enter_context(EngineAlone(terms))
+        service.wait_listed()
         result["first_event_ms"] = first_events(alone, service, model, options.requests)
         _say(_table(result["first_event_ms"]))
         result["pace"] = paces(alone, service, options, model)
     with Service(stamped_command("stamped", options.streams, STAMPED_SWEEP_S), "stamped", directory) as stamped:
-        asyncio.run(delivery(stamped.url, 1))
+        asyncio.run(delivery(stamped.wait_listed().url, 1))
         result["delivery_ms"] = [asyncio.run(delivery(stamped.url, streams)) for streams in (1, options.streams)]
     for each in result["delivery_ms"]:
         _say(f"delivery of {each['streams']} streams: p50 {each['p50']} ms, p99 {each['p99']} ms")

@@ -159,7 +159,7 @@ class EngineAlone:
 
 
 class Service:
-    """A server, a worker in a process of its own, and where they are; a context manager."""
+    """A server and a worker in a process of its own, which making it starts; a context manager that ends them."""
 
     def __init__(self, command: list[str], name: str, directory: Path) -> None:
         self._server = EmbeddedServer(directory / f"server-{name}")
@@ -178,12 +178,7 @@ class Service:
             )
 
     def __enter__(self) -> Service:
-        """Return it once the worker is listed."""
-        try:
-            self._wait()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        """Return it; the worker may still be starting."""
         return self
 
     def __exit__(
@@ -218,7 +213,12 @@ class Service:
         with Client(self.url) as client:
             return next(iter(client.workers()), None)
 
-    def _wait(self) -> None:
+    def wait_listed(self) -> Service:
+        """Wait until the worker has told that it lives.
+
+        Raises:
+            RuntimeError: it has not within START_S.
+        """
         deadline = time.monotonic() + START_S
         while self._info() is None:
             code = self._worker.poll()
@@ -226,6 +226,7 @@ class Service:
                 text = self._log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"the worker does not come up (exit code {code}):\n{text}")
             time.sleep(0.1)
+        return self
 
 
 def worker_command(terms: Terms, name: str) -> list[str]:

@@ -33,6 +33,7 @@ from lamella.keys import Keys
 from lamella.messages import JobState, TokenEvent, decode_event
 from lamella.registry_calls import ClaimReply, ClaimStatus
 from lamella.script_call import ScriptCall, ScriptName, script_source
+from lamella_worker.command_packer import CommandPacker
 
 log = logging.getLogger(__name__)
 Reply = TypeVar("Reply")
@@ -75,6 +76,7 @@ def open_redis(url: str, timeout_s: float) -> redis.Redis:
         socket_connect_timeout=timeout_s,
         health_check_interval=15,
         retry=Retry(NoBackoff(), 0),
+        command_packer=CommandPacker(),
     )
 
 
