@@ -45,11 +45,11 @@ from lamella.messages import TokenEvent
 from lamella_engine import ShardStore
 
 TINY = LlamaShape(layers=4, hidden=64, ffn=96, vocab=512, heads=4, kv_heads=2, dtype="float32")
-WARM = 10  # requests, and streams, before those that count
+WARM = 10  # requests before those that count
 FIRST_TOKENS = 3  # of a request whose first one is timed
 STREAM_S = 600.0
 STAMPED_SWEEP_S = 0.05
-STAMPED_TOKENS = 60
+STAMPED_TOKENS = 120
 
 
 def first_events(alone: EngineAlone, service: Service, model: str, requests: int) -> dict[str, Any]:
@@ -83,19 +83,23 @@ def first_events(alone: EngineAlone, service: Service, model: str, requests: int
 
 
 async def delivery(url: str, streams: int) -> dict[str, Any]:
-    """Milliseconds from an engine's sweep to the client, of every token of `streams` streams side by side."""
-    taken: list[float] = []
+    """Milliseconds from an engine's sweep to the client, of every token made once all `streams` streams had begun."""
+    taken: list[tuple[float, float]] = []
+    begun: dict[int, float] = {}
 
     async def read(client: AsyncClient, number: int) -> None:
         job = await client.submit(f"stream {number}", model=STAMPED, max_tokens=STAMPED_TOKENS, ignore_eos=True)
         async with aclosing(job.stream(timeout_s=STREAM_S)) as items:
-            async for seq, event in items:
-                if seq is not None and seq > WARM and isinstance(event, TokenEvent):
-                    taken.append(time.monotonic() - int(event.text) / 1e9)
+            async for _, event in items:
+                if isinstance(event, TokenEvent):
+                    now, made = time.monotonic(), int(event.text) / 1e9
+                    begun.setdefault(number, now)
+                    taken.append((made, now - made))
 
     async with AsyncClient(url) as client:
         await asyncio.gather(*(read(client, number) for number in range(streams)))
-    return {"streams": streams, "sweep_s": STAMPED_SWEEP_S, "tokens": len(taken), **quantiles_ms(taken)}
+    counted = [seconds for made, seconds in taken if made > max(begun.values())]
+    return {"streams": streams, "sweep_s": STAMPED_SWEEP_S, "tokens": len(counted), **quantiles_ms(counted)}
 
 
 async def served_pace(
