@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,8 +35,11 @@ from lamella_engine.parts_probe import parts_agree
 from lamella_engine.state_size import StateSize, rehearse
 
 _ORIGINS = {"_name_or_path", "transformers_version", "architectures", "dtype"}
-_MAX_PROBED = 16
+_MAX_KEPT = 16
 _PROBED: dict[str, bool] = {}  # configs whose narrow copy has read in parts, with the outcome
+_REHEARSED: dict[tuple[str, torch.dtype], StateSize] = {}
+_Key = TypeVar("_Key")
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,19 @@ def build(config: PretrainedConfig, dtype: torch.dtype) -> Architecture:
             f"{built.family!r} models compute their attention themselves, so that this one's linear position biases "
             "cannot be added; use another checkpoint of the model"
         )
-    size = rehearse(model, layers)
-    return replace(built, state_size=size, reads_in_parts=reads_in_parts(model) or _parts_agree(model, layers))
+    key = json.dumps(_of_behaviour(model.config.to_dict()), sort_keys=True, default=str)
+    size = _once(_REHEARSED, (key, dtype), lambda: rehearse(model, layers))
+    agrees = reads_in_parts(model) or _once(_PROBED, key, lambda: parts_agree(model, layers, _narrow_text_tree))
+    return replace(built, state_size=size, reads_in_parts=agrees)
+
+
+def _once(kept: dict[_Key, _Found], key: _Key, ask: Callable[[], _Found]) -> _Found:
+    """What `ask` finds; asked once in a process for each key, since it takes seconds for some families."""
+    if key not in kept:
+        while len(kept) >= _MAX_KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = ask()
+    return kept[key]
 
 
 def _text_tree(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, str, nn.ModuleList]:
@@ -130,19 +146,9 @@ def _text_tree(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrained
     return model, layers_path, layers
 
 
-def _parts_agree(model: PreTrainedModel, layers: nn.ModuleList) -> bool:
-    """As `parts_probe.parts_agree`; asked once in a process for each config."""
-    key = json.dumps(_of_behaviour(model.config.to_dict()), sort_keys=True, default=str)
-    if key not in _PROBED:
-        while len(_PROBED) >= _MAX_PROBED:
-            _PROBED.pop(next(iter(_PROBED)))
-
-        def build_tree(config: PretrainedConfig) -> Tree:
-            tree, _, own = _text_tree(config, torch.float32)
-            return tree, own
-
-        _PROBED[key] = parts_agree(model, layers, build_tree)
-    return _PROBED[key]
+def _narrow_text_tree(config: PretrainedConfig) -> Tree:
+    tree, _, own = _text_tree(config, torch.float32)
+    return tree, own
 
 
 def _of_behaviour(values: object) -> object:

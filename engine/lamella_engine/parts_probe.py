@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lamella_engine.errors import EngineError
 from lamella_engine.narrow_copy import NOT_MADE_FOR, BuildTree, Tree, give_weights, narrow_tree, shortened
 from lamella_engine.sequence_state import SequenceState, StateForward
-from lamella_engine.state_size import rehearse
+from lamella_engine.state_size import kept_in_modules
 from lamella_engine.stepwise import SideBySide
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class _Reader:
         for layer in layers:
             layer.__dict__.pop("forward", None)  # of another reader
         model.to("meta")
-        in_modules = rehearse(model, layers).in_modules
+        in_modules = kept_in_modules(model, layers)
         give_weights(model, seed)
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         self._forward = StateForward(model, torch.device("cpu"))

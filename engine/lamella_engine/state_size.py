@@ -26,6 +26,7 @@ from lamella_engine.rehearsal import Rehearsal
 from lamella_engine.sequence_state import SequenceState, StateForward
 
 REHEARSED_TOKENS = 64  # many families compute in blocks of so many tokens, and pad the last one
+_FEW_TOKENS = 8
 _MANY_TOKENS = 512  # where what grows with the square of a step's tokens stands out
 
 
@@ -64,7 +65,6 @@ def rehearse(model: PreTrainedModel, layers: nn.ModuleList) -> StateSize:
             f"family {model.config.model_type!r} changes the weights of its layers as it runs, and streamed weights "
             "would not keep that; use another family, such as llama, qwen3, mistral, gemma3 or gpt_oss"
         )
-    in_modules = tuple(shorter.rehearsal.changed.get(kind, ()) for kind in shorter.rehearsal.kinds)
     is_written_out = model.config._attn_implementation == "eager"
     heads = (whole(config, "num_attention_heads") or 0) if is_written_out else 0
     pairs = 0 if is_written_out else _pair_bytes(model, layers, shorter, longer)
@@ -74,7 +74,16 @@ def rehearse(model: PreTrainedModel, layers: nn.ModuleList) -> StateSize:
     if not (shorter.rehearsal.is_whole and longer.rehearsal.is_whole):
         # What could not be rehearsed may have kept something: count as if every layer were attention.
         fixed, token_bytes = longer.state_bytes, kv_bytes_per_token(config, model.dtype)
-    return StateSize(fixed, token_bytes, activations, pairs, heads, in_modules)
+    return StateSize(fixed, token_bytes, activations, pairs, heads, _in_modules(shorter.rehearsal))
+
+
+def kept_in_modules(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[tuple[str, ...], ...]:
+    """As `StateSize.in_modules`, by a rehearsal that measures nothing else; for a copy of a model that passed one."""
+    return _in_modules(_Measured(model, layers, _FEW_TOKENS).rehearsal)
+
+
+def _in_modules(rehearsal: Rehearsal) -> tuple[tuple[str, ...], ...]:
+    return tuple(rehearsal.changed.get(kind, ()) for kind in rehearsal.kinds)
 
 
 def _pair_bytes(model: PreTrainedModel, layers: nn.ModuleList, shorter: _Measured, longer: _Measured) -> int:
