@@ -1,4 +1,4 @@
-"""The real model: streamed tokens equal a full load's, alone and in one batch, in less memory."""
+"""The real model: weights and streamed tokens equal a full load's, alone and in one batch, in less memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from lamella_engine import Engine, EngineOptions, Sampling, SequenceRequest, ShardStore
 from tests.engine.engine_driver import gather
+from tests.engine.shards import stored_weights
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
 
@@ -27,24 +28,31 @@ QUESTIONS = [
     "Who wrote Hamlet?",
     "Translate to French: good morning",
 ]
-TOKENS = 24
+ALONE = ["What is the capital of France?", "1, 1, 2, 3, 5, 8,", "List three fruits: 🍎"]
+TOKENS = 16
 
 
 @pytest.fixture(scope="module")
-def full_load(smollm2_gguf: Path) -> dict[str, list[int]]:
-    """Greedy tokens by transformers' own load of the same file, by question."""
-    model = AutoModelForCausalLM.from_pretrained(
+def full_model(smollm2_gguf: Path) -> PreTrainedModel:
+    """Transformers' own load of the same file; it takes long, so all that needs it stands in this module."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent,
         gguf_file=smollm2_gguf.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
-    ).eval()
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def full_load(smollm2_gguf: Path, full_model: PreTrainedModel) -> dict[str, list[int]]:
+    """Greedy tokens of the full load, by question."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     answers = {}
     for question in QUESTIONS:
         chat = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+        output = full_model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
         answers[question] = output[0, inputs["input_ids"].shape[1] :].tolist()
     return answers
 
@@ -62,13 +70,21 @@ def ask(engine: Engine, name: str, question: str) -> None:
     engine.submit(SequenceRequest(name, Sampling(max_tokens=TOKENS), messages=(("user", question),)))
 
 
+def test_every_weight_equals_a_full_load(full_model: PreTrainedModel, smollm2_store: Path) -> None:
+    stored = stored_weights(ShardStore(smollm2_store).open("SmolLM2-135M-Instruct"))
+
+    full = full_model.state_dict()
+    assert full.keys() - stored.keys() == {"lm_head.weight"}
+    assert [name for name, value in stored.items() if not torch.equal(full[name], value)] == []
+
+
 def test_tokens_equal_a_full_load_alone(engine: Engine, full_load: dict[str, list[int]]) -> None:
     answers = {}
-    for question in QUESTIONS:
+    for question in ALONE:
         ask(engine, question, question)
         answers[question] = gather(engine, {question})[question].token_ids
 
-    assert answers == full_load
+    assert answers == {question: full_load[question] for question in ALONE}
 
 
 def test_tokens_equal_a_full_load_in_one_batch(engine: Engine, full_load: dict[str, list[int]]) -> None:
