@@ -14,10 +14,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PROMPT ?= What is the capital of France?
 PYTEST_ARGS ?=
-PYTEST_PROCESSES ?= 2
+PYTEST_PROCESSES ?= 3
+# The files of the tests that are timed; the others need not be collected to find them.
+TIMED_FILES = $$(grep -rl --include='test_*.py' 'mark\.timing' tests)
 SOAK_ARGS ?=
 VERSIONS_ARGS ?= --directory dist/versions
 BENCH_ARGS ?= --device cpu --layers 8 --hidden 1024 --ffn 2816 --vocab 8192 --heads 16 --kv-heads 4 --dtype float32
+# Compiled modules are kept: the tests start hundreds of processes that would compile all packages again.
+export PYTHONDONTWRITEBYTECODE :=
 # Taken as written: a `$` in the question is no variable.
 export LAMELLA_DEMO_PROMPT := $(value PROMPT)
 
@@ -27,7 +31,7 @@ RUN_STAMP = $(VENV)/.lamella-run-$(CHECKOUT)
 DEV_STAMP = $(VENV)/.lamella-dev-$(CHECKOUT)
 BENCH_STAMP = $(VENV)/.lamella-bench-$(CHECKOUT)
 
-.PHONY: help demo test lint types pytest faults soak wheel bench families versions docs clean
+.PHONY: help demo test lint types pytest slow faults soak wheel bench families versions docs clean
 
 help:  ## list the commands
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -54,12 +58,16 @@ types: $(DEV_STAMP)  ## mypy --strict
 pytest: $(DEV_STAMP)  ## the test suite; PYTEST_ARGS="-k wire" narrows it
 	@echo "== pytest $(PYTEST_ARGS)"
 ifeq ($(strip $(PYTEST_ARGS)),)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_PROCESSES) --dist loadfile -m "not timing and not faults"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tools.second_run -n $(PYTEST_PROCESSES) --dist loadfile \
+	  --no-loadscope-reorder -m "not timing and not faults and not slow"
 	@echo "== pytest, what is timed and therefore runs alone"
-	@$(BIN)/python -m pytest -m "timing and not faults"
+	@$(BIN)/python -m pytest -m "timing and not faults and not slow" $(TIMED_FILES)
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
+
+slow: $(DEV_STAMP)  ## tests that take long and whose facts cheaper ones hold as well
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 faults: $(DEV_STAMP)  ## every fault of docs/faults.md, also those that take long, one after the other
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)

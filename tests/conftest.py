@@ -10,7 +10,7 @@ import pytest
 # Under a shell that ignores SIGINT for its background jobs, the programs that tests interrupt would ignore it as well.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["tests.fixtures.models", "tests.fixtures.servers"]
+pytest_plugins = ["tests.fixtures.models", "tests.fixtures.servers", "tests.side_by_side"]
 
 
 @pytest.fixture(autouse=True, scope="session")

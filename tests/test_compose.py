@@ -237,7 +237,7 @@ def test_valkey_is_told_its_password_on_standard_input() -> None:
 def test_shell_of_the_valkey_command_is_well_formed() -> None:
     script = SERVICES["valkey"]["command"][2].replace("$$", "$")
 
-    outcome = subprocess.run(["sh", "-n", "-c", script], capture_output=True, text=True, timeout=10, check=False)
+    outcome = subprocess.run(["sh", "-n", "-c", script], capture_output=True, text=True, timeout=40, check=False)
 
     assert outcome.returncode == 0, outcome.stderr
 
@@ -369,7 +369,7 @@ def test_grafana_does_not_start_without_a_password_of_ones_own(tmp_path: Path, p
         env={"PATH": os.environ["PATH"], "GF_SECURITY_ADMIN_PASSWORD": password},
         capture_output=True,
         text=True,
-        timeout=10,
+        timeout=40,
         check=False,
     )
 

@@ -136,7 +136,7 @@ def test_commands_of_a_shell_block_are_understood(block: Block) -> None:
 
 @pytest.mark.parametrize("block", blocks("bash"), ids=str)
 def test_shell_block_is_well_formed(block: Block) -> None:
-    outcome = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=10, check=False)
+    outcome = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=40, check=False)
 
     assert outcome.returncode == 0, outcome.stderr
 

@@ -42,7 +42,7 @@ def _demo(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def _processes_of(directory: Path) -> str:
     """Command lines of live processes that work in the directory."""
-    listing = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, timeout=10, check=True)
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, timeout=40, check=True)
     return "\n".join(line for line in listing.stdout.splitlines() if str(directory) in line)
 
 

@@ -65,7 +65,7 @@ async def test_many_streams_share_one_client(client: AsyncClient, worker: Acting
 async def test_generate_and_stream(client: AsyncClient, worker: ActingWorker) -> None:
     async def serve(count: int) -> None:
         served: set[str] = set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(40):
             while len(served) < count:
                 for found in await client.jobs():
                     if found.state == "queued" and found.job_id not in served:

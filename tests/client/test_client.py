@@ -253,7 +253,7 @@ def test_an_absent_server_is_unreachable_at_submit(tmp_path: Path) -> None:
         with pytest.raises(ServerUnreachable, match="lamella up"):
             client.submit("x", model="m")
 
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 20.0
 
 
 def test_a_full_server_refuses_and_stores_nothing(own_server: EmbeddedServer) -> None:

@@ -122,7 +122,7 @@ def test_a_killed_up_leaves_its_jobs_and_no_process(environment: dict[str, str])
     up.process.kill()
     up.process.wait(timeout=40)
 
-    wait_until(lambda: processes_naming(environment["LAMELLA_STATE_DIR"]) == [], 20.0, 0.1)
+    wait_until(lambda: processes_naming(environment["LAMELLA_STATE_DIR"]) == [], 40.0, 0.1)
     with EmbeddedServer(Path(environment["LAMELLA_STATE_DIR"]) / "server") as server, Client(server.url) as client:
         assert client.status(job.id).state == "queued"
 

@@ -90,7 +90,7 @@ def test_a_worker_that_does_not_drain_is_killed(tmp_path: Path) -> None:
     started = time.monotonic()
 
     assert not drain_all([worker], 0.2)
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 30.0
     assert worker.pid is None
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from lamella.client import Client
 from tests.waiting import wait_until
 
-START_S = 60.0
+START_S = 90.0
 LEASE_S = 1.5
-DRAIN_S = 10.0
+DRAIN_S = 30.0
 
 
 class Fleet:

@@ -42,6 +42,7 @@ def test_chat_fetches_a_model_by_name_and_answers(
     assert "Bearer hf_sesame" in hub.tokens
 
 
+@pytest.mark.slow  # what becomes of a revision that is named, tests/engine/test_hub.py holds without a chat
 def test_chat_pins_the_revision_that_is_named(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ def test_what_is_called_runs_in_one_thread_and_its_result_comes_back() -> None:
     thread.end()
 
     assert names == {"lamella-sweep"}
-    assert thread.join(timeout=10)
+    assert thread.join(timeout=40)
 
 
 def test_an_error_is_raised_where_it_was_called_from_and_ends_nothing() -> None:
@@ -45,7 +45,7 @@ def test_an_interrupted_caller_leaves_its_result_to_be_undone(monkeypatch: pytes
         raise KeyboardInterrupt
 
     def work() -> str:
-        assert wait(may_end, 10.0)
+        assert wait(may_end, 40.0)
         return "a model"
 
     wait = threading.Event.wait
@@ -55,7 +55,7 @@ def test_an_interrupted_caller_leaves_its_result_to_be_undone(monkeypatch: pytes
             thread.call(work, lambda result: undone.set() if result == "a model" else None)
     may_end.set()
 
-    assert undone.wait(10.0)
+    assert undone.wait(40.0)
     thread.end()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,12 @@ SAMPLED = {"max_tokens": 450, "temperature": 0.8, "seed": 11}
 def calm(workers: Workers) -> list[Undisturbed]:
     """The requests of these tests, and what becomes of them in peace; the memory is short when the HOG has come.
 
-    The sweeps are slow: no request is at its end when the fault comes, however late the test gets to cause it.
+    The sweeps are slow: no request is at its end when the fault comes, however late the test gets to cause it. Side by
+    side they take a third of the sweeps that they take one after the other, and their texts are the same.
     """
     workers.start(MODEL, NAME, failpoints=FAILPOINTS)
-    with Client(workers.url) as client:
-        return [undisturbed(client, MODEL, prompt, **SAMPLED) for prompt in PROMPTS]
+    with Client(workers.url) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
+        return list(pool.map(lambda prompt: undisturbed(client, MODEL, prompt, **SAMPLED), PROMPTS))
 
 
 @pytest.fixture

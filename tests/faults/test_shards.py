@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from tests.waiting import wait_until
 
 MODEL = "tiny"
 pytestmark = pytest.mark.timeout(300)  # several engines are opened
+NAME = "w1"
 FAILPOINTS = "sweep=slow@1+"
 OPTIONS: dict[str, object] = {"max_tokens": 200, "temperature": 0.8, "seed": 11}
 
@@ -40,18 +40,15 @@ def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def calm(workers: Workers) -> Undisturbed:
-    workers.start(MODEL, "calm", failpoints=FAILPOINTS)
+    workers.start(MODEL, NAME, failpoints=FAILPOINTS)
     with Client(workers.url) as client:
-        found = undisturbed(client, MODEL, "The river runs", **OPTIONS)
-    workers.stop("calm")
-    return found
+        return undisturbed(client, MODEL, "The river runs", **OPTIONS)
 
 
 @pytest.fixture
-def worker(workers: Workers, calm: Undisturbed) -> Iterator[str]:
-    """A worker that reads its layers from disk in every sweep."""
-    yield workers.start(MODEL, "w1", failpoints=FAILPOINTS)
-    workers.stop("w1")
+def worker(workers: Workers, calm: Undisturbed) -> str:
+    """A worker that reads its layers from disk in every sweep; tests leave one behind that does."""
+    return workers.start(MODEL, NAME, failpoints=FAILPOINTS)
 
 
 def layer_of(store: Path) -> Path:
@@ -72,6 +69,7 @@ def test_a_shard_altered_under_a_running_job_is_built_again_and_the_text_is_righ
     client: Client, workers: Workers, store: Path, calm: Undisturbed, worker: str, damage: str
 ) -> None:
     """Fault 17: the sweep that reads it fails, the engine opens anew, the file is set aside and made again."""
+    restarts = workers.engine(worker).restarts
     job = calm.submit(client)
     wait_until(lambda: job.status().events >= 20)
 
@@ -79,7 +77,7 @@ def test_a_shard_altered_under_a_running_job_is_built_again_and_the_text_is_righ
     flip(path) if damage == "flip" else os.truncate(path, path.stat().st_size // 2)
 
     assert_as_if_nothing_was(job, calm, attempts=2)
-    assert workers.engine(worker).restarts == 1
+    assert workers.engine(worker).restarts == restarts + 1
     ShardStore(store).verify(MODEL)
     assert [found.name for found in store.glob(f".damaged/{MODEL}/*")] == [path.name]
 
@@ -88,19 +86,19 @@ def test_a_shard_that_cannot_be_built_again_is_told_and_the_job_waits(
     client: Client, workers: Workers, store: Path, source: Path, calm: Undisturbed
 ) -> None:
     """Fault 17 without a source: no worker serves the model, nothing wrong is said, and what is mended goes on."""
+    workers.stop(NAME)
     flip(layer_of(store))
     elsewhere = source.with_name("elsewhere")
     source.rename(elsewhere)
 
     with pytest.raises(AssertionError, match=r"layer-00002\.safetensors.*SHA-256 differs"):
-        workers.start(MODEL, "w1")
+        workers.start(MODEL, NAME)
 
     job = calm.submit(client)
     assert job.status().state is JobState.QUEUED
     elsewhere.rename(source)
-    workers.start(MODEL, "w1")
+    workers.start(MODEL, NAME, failpoints=FAILPOINTS)
     assert_as_if_nothing_was(job, calm, attempts=1)
-    workers.stop("w1")
 
 
 def test_shards_deleted_under_a_running_job_change_nothing_for_it(

@@ -158,7 +158,7 @@ def test_a_worker_that_wakes_up_after_its_lease_writes_nothing(
 @pytest.mark.parametrize("rounds", [1, pytest.param(4, marks=pytest.mark.faults)])
 def test_a_rolling_upgrade_costs_no_attempt(near: Client, fleet: ScriptedFleet, rounds: int) -> None:
     """Fault 8: stop one, start one, next, while jobs run; every stop is quick and by the book."""
-    drain_s = 8.0
+    drain_s = 20.0
     fleet.start("w1", "w2", drain_s=drain_s)
     calm = [expected(prompt, 300 * rounds) for prompt in ("hello", "hello again", "good day", "good night")]
     jobs = submit_and_wait(near, calm)

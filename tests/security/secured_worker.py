@@ -51,7 +51,7 @@ class SecuredWorker:
 
     def wait_until_served(self, url: str) -> None:
         with Client(url, prefix=PREFIX) as client:
-            wait_until(lambda: self._is_listed(client), 60.0)
+            wait_until(lambda: self._is_listed(client), 90.0)
 
     def wait(self) -> int:
         """Wait for the end that it comes to by itself, and return its exit code."""

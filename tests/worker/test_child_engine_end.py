@@ -44,7 +44,7 @@ def test_closing_does_not_wait_for_a_process_that_hangs(opened: Opener) -> None:
     began = time.monotonic()
     driven.close()
 
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
     assert not is_alive(pid)
 
 

@@ -62,7 +62,7 @@ def test_an_idle_worker_leaves_at_once_and_signs_off(
 
 
 def test_a_drain_does_not_wait_for_a_hung_sweep(client: Client, fleet: ScriptedFleet) -> None:
-    fleet.start("w1", sweep_s=3600.0, drain_s=5.0)
+    fleet.start("w1", sweep_s=3600.0, drain_s=20.0)
     jobs = [submit(client, f"hello {n}", 5) for n in range(2)]
     wait_until(lambda: all(job.status().state is JobState.RUNNING for job in jobs))
 
@@ -71,7 +71,7 @@ def test_a_drain_does_not_wait_for_a_hung_sweep(client: Client, fleet: ScriptedF
     exit_code = fleet.processes["w1"].wait(40)
 
     assert exit_code == 0
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 20.0
     assert [job.status().state for job in jobs] == [JobState.QUEUED] * 2
     assert [job.status().attempts for job in jobs] == [0, 0]
 
@@ -86,7 +86,7 @@ def test_a_second_signal_ends_the_process_at_once(client: Client, fleet: Scripte
     wait_until(lambda: "draining (SIGTERM)" in fleet.log("w1"))
     fleet.processes["w1"].send_signal(second)
 
-    assert fleet.processes["w1"].wait(2) == 1
+    assert fleet.processes["w1"].wait(20) == 1  # far below its 30 s
 
 
 def test_drained_jobs_are_back_in_the_queue(client: Client, fleet: ScriptedFleet, own_server: EmbeddedServer) -> None:
@@ -95,7 +95,7 @@ def test_drained_jobs_are_back_in_the_queue(client: Client, fleet: ScriptedFleet
     wait_until(lambda: sum(job.status().events > 3 for job in jobs) == 2)
 
     fleet.processes["w1"].terminate()
-    fleet.processes["w1"].wait(8)
+    fleet.processes["w1"].wait(40)
 
     with redis.Redis.from_url(own_server.url, protocol=2, decode_responses=True) as look:
         sent, waiting = look.llen("lamella:generate.tiny"), look.zcard("lamella:ready:tiny:1:anonymous")
@@ -217,4 +217,4 @@ def test_a_worker_without_a_server_waits_for_it_and_still_stops_when_told(
 
     fleet.processes["w1"].terminate()
 
-    assert fleet.processes["w1"].wait(6) in (0, 1)  # 1: Celery was waiting for the server, so it was ended
+    assert fleet.processes["w1"].wait(40) in (0, 1)  # 1: Celery was waiting for the server, so it was ended
