@@ -114,7 +114,8 @@ $(BENCH_STAMP): $(DEV_STAMP)
 comma := ,
 
 # Makes the environment if its pip does not work yet, then installs this checkout with the extras $(1), pinned. Only
-# the large downloads are named, so that a first run shows that it goes on.
+# the large downloads are named, so that a first run shows that it goes on. Modules are compiled by all cores
+# afterwards, which pip does with one; some packages ship files that no Python compiles.
 define install
 set -o pipefail; \
 if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
@@ -132,6 +133,7 @@ if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
     echo "error: could not make $(VENV); on Debian and Ubuntu the package python3-venv is needed" >&2; exit 1; }; \
 fi; \
 echo "installing lamella[$(1)] into $(VENV) (the first time this fetches some hundred MB)"; \
-$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[$(1)]' \
-  | awk '/Downloading .*[MG]B/ {print "  " $$2, $$3, $$4; fflush()}'
+$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile -c constraints.txt -e '.[$(1)]' \
+  | awk '/Downloading .*[MG]B/ {print "  " $$2, $$3, $$4; fflush()}'; \
+$(BIN)/python -m compileall -q -j 0 -x '/tests/' $(VENV)/lib >/dev/null 2>&1 || true
 endef

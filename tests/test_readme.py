@@ -112,7 +112,10 @@ def test_client_snippets_have_the_right_types(tmp_path: Path) -> None:
         (tmp_path / f"snippet{number}.py").write_text(snippet)
 
     outcome = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--config-file=", *map(str, tmp_path.glob("*.py"))],
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache")),
+            *map(str, tmp_path.glob("*.py")),
+        ],
         cwd=ROOT,
         env={**os.environ, "MYPYPATH": "client"},
         capture_output=True,

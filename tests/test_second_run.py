@@ -30,7 +30,7 @@ FINE = "def test_fine():\n    pass\n"
         (UNSTEADY + FINE, 0, 2, "unsteady: test_suite.py::test_unsteady failed beside other tests and passed alone"),
         (UNSTEADY + BROKEN, 1, 2, "unsteady: test_suite.py::test_unsteady"),
         (MANY, 1, 1, "4 failed"),
-        ("import nothing_of_that_name\n", 2, 1, "1 error"),
+        ("import nothing_of_that_name\n", 1, 1, "1 error"),
         ("", 5, 1, "no tests ran"),
     ],
     ids=["all pass", "one passes alone", "one fails twice", "too many", "not collected", "no tests"],
@@ -49,7 +49,7 @@ def test_a_few_failures_have_a_second_run(tmp_path: Path, suite: str, status: in
 
 
 def _second_run(directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.second_run", "-p", "xdist"]
+    command = [sys.executable, "-m", "tools.second_run", "-p", "xdist", "-n", "1", "--dist", "loadfile"]
     return subprocess.run(
         [*command, "--rootdir", str(directory), "-c", str(directory / "pytest.ini"), str(directory)],
         cwd=ROOT,

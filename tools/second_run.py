@@ -19,20 +19,21 @@ from pathlib import Path
 
 MAX_FAILURES = 3
 _TESTS_FAILED = 1  # pytest's exit status where tests ran and some failed; other statuses say that the run is no result
-_ALONE = ("-p", "no:randomly", "-n", "0")
+_ALONE = ("-n", "0", "--dist", "no")
 
 
 def run(arguments: Sequence[str], directory: Path) -> int:
     """Run pytest in the working directory with `arguments`, twice where that is due; returns its exit status.
 
     Args:
-        arguments: of pytest's command line; ``-n`` is overridden in the second run.
+        arguments: of pytest's command line; ``-n`` and ``--dist`` are overridden in the second run.
         directory: for pytest's record of what failed; empty.
     """
     command = [sys.executable, "-m", "pytest", "-o", f"cache_dir={directory}"]
     status = subprocess.call([*command, *arguments])
     failed = _failed(directory)
-    if status != _TESTS_FAILED or not 0 < len(failed) <= MAX_FAILURES:
+    are_tests = all("::" in name for name in failed)  # and no files that could not be collected
+    if status != _TESTS_FAILED or not are_tests or not 0 < len(failed) <= MAX_FAILURES:
         return status
     print(f"== pytest, a second run of {len(failed)} that failed, alone: {', '.join(failed)}", flush=True)
     status = subprocess.call([*command, *arguments, *_ALONE, "--last-failed", "--last-failed-no-failures", "none"])

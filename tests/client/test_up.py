@@ -18,6 +18,7 @@ from lamella.embedded import EmbeddedServer
 from lamella.errors import NoWorkerError
 from lamella_engine import ShardStore
 from tests.fixtures.servers import require_embedded
+from tests.processes import processes_naming
 from tests.waiting import wait_until
 
 MODEL = "tiny/llama"
@@ -46,18 +47,6 @@ def lamella(environment: dict[str, str], *args: str, timeout_s: float = READY_S)
         check=False,
         stdin=subprocess.DEVNULL,
     )
-
-
-def processes_naming(text: str) -> list[str]:
-    """Command lines of this user's processes whose environment or arguments name `text`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if text.encode() in (entry / "environ").read_bytes() and int(entry.name) != os.getpid():
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return [command for command in found if command]
 
 
 class Up:
@@ -127,6 +116,7 @@ def test_a_killed_up_leaves_its_jobs_and_no_process(environment: dict[str, str])
         assert client.status(job.id).state == "queued"
 
 
+@pytest.mark.slow  # so does the chat of tests/end_to_end/test_chat_from_hub.py, which has to fetch the model as well
 def test_chat_brings_its_own_service_and_takes_it_away(environment: dict[str, str]) -> None:
     result = lamella(
         environment, "chat", "--model", MODEL, "--device", "cpu", "--max-tokens", "4", "--stats", "Hello", timeout_s=100

@@ -24,8 +24,8 @@ from tests.worker.changing_worker import ChangingWorker
 
 A, B, C = "many-a", "many-b", "many-c"
 SEEDS = {A: 1, B: 2, C: 3}
-LONG = {"max_tokens": 400, "ignore_eos": True}
-SHORTER = {"max_tokens": 150, "ignore_eos": True}
+LONG = {"max_tokens": 150, "ignore_eos": True}
+SHORTER = {"max_tokens": 120, "ignore_eos": True}
 START_S = 90.0
 
 

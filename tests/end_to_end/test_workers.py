@@ -15,7 +15,7 @@ from tests.end_to_end.conftest import PAIR
 from tests.end_to_end.fleet import DRAIN_S, Fleet, run_worker
 from tests.waiting import wait_until
 
-LONG = 450
+LONG = 300
 GREEDY = {"max_tokens": LONG, "ignore_eos": True}
 SAMPLED = {**GREEDY, "temperature": 0.8, "seed": 11}
 

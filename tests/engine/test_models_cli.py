@@ -225,6 +225,7 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path, tiny_llama_d
     check_failed(run("import", "tiny", tiny_llama_dir, "--store", blocked / "store"), str(blocked))
 
 
+@pytest.mark.slow  # that the module is a program, tests/engine/test_peer_server.py shows with `share`
 def test_the_module_runs_as_a_program(root: Path, tiny: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lamella_engine", "list", "--json"], capture_output=True, text=True, timeout=60

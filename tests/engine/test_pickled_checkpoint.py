@@ -84,7 +84,9 @@ def test_tied_transposed_and_wrapped_tensors_are_written_as_what_they_are(
     assert torch.equal(built["model.norm.weight"], tensors["model.norm.weight"])
 
 
-def test_a_second_import_finds_the_first(directory: Path, tensors: State, tmp_path: Path) -> None:
+def test_a_second_import_finds_the_first_but_for_a_pickle_that_was_written_again(
+    directory: Path, tensors: State, tmp_path: Path
+) -> None:
     torch.save(tensors, directory / "pytorch_model.bin")
     store = ShardStore(tmp_path / "store")
     first = store.import_pickled("tiny", directory)
@@ -95,13 +97,7 @@ def test_a_second_import_finds_the_first(directory: Path, tensors: State, tmp_pa
     assert store.manifest("tiny").built_at == built_at
     assert again.directory == by_name.directory == first.directory
 
-
-def test_a_pickle_that_was_written_again_is_imported_again(directory: Path, tensors: State, tmp_path: Path) -> None:
-    torch.save(tensors, directory / "pytorch_model.bin")
-    store = ShardStore(tmp_path / "store")
-    store.import_pickled("tiny", directory)
     name = "model.norm.weight"
-
     torch.save(tensors | {name: tensors[name] + 1}, directory / "pytorch_model.bin")
 
     assert torch.equal(stored_weights(store.import_pickled("tiny", directory))[name], tensors[name] + 1)
@@ -148,7 +144,7 @@ def test_a_malicious_pickle_is_not_run_and_leaves_nothing(
     _assert_nothing_is_left(store, models=0)
 
 
-@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+@pytest.mark.parametrize("kept", [0, 0.99])
 def test_a_truncated_pickle_is_refused_and_leaves_nothing(
     kept: float, directory: Path, tensors: State, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ NAME = "w1"
 HOG = "A hog of memory"
 FAILPOINTS = f"sweep=slow@1+;sweep=oom@5~{HOG};sweep=oom@20~{HOG}"
 PROMPTS = ["The river runs", "A small lamp stood on the table", "One, two, three"]
-SAMPLED = {"max_tokens": 450, "temperature": 0.8, "seed": 11}
+SAMPLED = {"max_tokens": 300, "temperature": 0.8, "seed": 11}
 
 
 @pytest.fixture(scope="module")
