@@ -94,11 +94,8 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert script.startswith("#!/usr/bin/env bash\n")
     assert "set -euo pipefail" in script
+    assert re.search(r"^make test$", script, re.MULTILINE)
     assert "make test" in (ROOT / "README.md").read_text()
-    parts = re.search(r"^test: ([a-z ]+?) *##", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    run = {target for targets in re.findall(r"^make ([a-z ]+)", script, re.MULTILINE) for target in targets.split()}
-    assert parts is not None
-    assert run == {*parts[1].split(), "wheel"}
 
 
 def _make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
