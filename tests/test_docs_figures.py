@@ -53,7 +53,7 @@ def test_result_files_that_a_page_names_are_there(page: str) -> None:
 @pytest.mark.parametrize(
     ("heading", "file"),
     [
-        ("## One sequence", "2026-11-23-sweep-h100-4gib.json"),
+        ("## One sequence", "2026-11-23-sweep-h100-all-peers.json"),
         ("SmolLM2-135M in float32 on two cores", "2026-11-23-sweep-cpu-smollm2.json"),
     ],
 )
@@ -88,7 +88,7 @@ def test_seconds_a_token_beside_others_are_the_measured_ones(heading: str, file:
 
 
 def test_steps_with_everything_on_the_card_are_the_measured_ones() -> None:
-    result = _result("2026-11-23-sweep-h100-4gib.json")
+    result = _result("2026-11-23-sweep-h100-all-peers.json")
     text = _text("comparison.md")
     said = re.findall(r"[\d.]*\d", text[text.index("a step of 1, 8 and 64 sequences takes") :].partition("(")[0])[3:]
     numbers = ("1", "8", "64")
@@ -100,7 +100,7 @@ def test_steps_with_everything_on_the_card_are_the_measured_ones() -> None:
 
 
 def test_ratios_of_four_bits_are_the_measured_ones() -> None:
-    forms = _result("2026-11-23-packed-h100.json")["forms"]
+    forms = _result("2026-11-23-packed-h100-all-forms.json")["forms"]
     said = re.search(r"takes ([\d.]+) times as long.*?card, ([\d.]+) times", _text("comparison.md"), re.DOTALL)
     assert said is not None
 

@@ -17,7 +17,7 @@ from lamella_engine.quality_text import begins_with, check_known, first_ids, rea
 from lamella_engine.texts import CALIBRATION_DIGEST, CALIBRATION_TEXT
 
 WINDOW_TOKENS = 512
-MAX_TOKENS = 65_536  # more change the codes little and take longer
+MAX_TOKENS = 65_536  # of the text that ships, all of them
 MIN_TOKENS = 4096  # fewer say too little of the inputs of a layer
 _SHOWN_DIGITS = 12
 
