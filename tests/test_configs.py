@@ -59,7 +59,7 @@ def test_every_kind_of_host_has_its_config() -> None:
 def test_no_file_in_configs_is_left_unchecked() -> None:
     assert {path.suffix for path in CONFIGS.iterdir() if path.is_file()} == {".toml", ".conf", ".acl"}
     # tests/security/test_acl.py reads these.
-    assert {path.stem for path in CONFIGS.glob("*.acl")} == {"client", "gateway", "worker", "monitor"}
+    assert {path.stem for path in CONFIGS.glob("*.acl")} == {"client", "gateway", "worker", "monitor", "metrics"}
     assert [path.name for path in CONFIGS.glob("*.conf")] == ["valkey.conf"]
 
 

@@ -21,7 +21,6 @@ from lamella_worker.app import make_app
 from lamella_worker.config import load_config
 from lamella_worker.lease import renew_deliveries
 from lamella_worker.model_slots import ModelSlots
-from lamella_worker.reconciler import Reconciler
 from lamella_worker.registry import Registry
 from lamella_worker.subscriptions import Subscriptions
 
@@ -45,7 +44,7 @@ def channel(embedded_server: EmbeddedServer, embedded_redis: redis.Redis, regist
     flags: dict[str, object] = {"worker.model": "m", "redis.url": embedded_server.url, "redis.prefix": KEYS.prefix}
     config = load_config(None, flags, environ={})
     served = Subscriptions(lambda: config.worker.served, config.slots)
-    app = make_app(config, Reconciler(embedded_redis, registry, "w", 1.0), served, ModelSlots(config.slots))
+    app = make_app(config, served, ModelSlots(config.slots))
     with app.connection_for_read() as connection:
         yield connection.default_channel
 
