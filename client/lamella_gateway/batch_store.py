@@ -12,7 +12,6 @@ Blocking: called from threads. Neighbours: `owned_place` (where), `batches` (the
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import shutil
 import time
@@ -23,14 +22,12 @@ from pydantic import ValidationError
 
 from lamella.errors import DecodeError
 from lamella_gateway.batch_record import BatchRecord, Phase
-from lamella_gateway.owned_place import MODE, Page, directory, is_id, is_owner, page_of, write_whole, written
+from lamella_gateway.owned_place import MODE, Page, directory, is_id, is_owner, read_page, write_whole, written
 
 BATCH = "batch_"
 KEPT_S = 30 * 86400  # a batch that has ended is shown for so long
 MAX_KEPT = 10_000  # of an owner; of more the oldest that have ended are forgotten
 LOST_S = 600.0  # a mark without a batch, or a batch half made, is of a gateway that died
-
-log = logging.getLogger(__name__)
 
 
 class InputGone(Exception):
@@ -87,19 +84,7 @@ class BatchStore:
 
     def page(self, owner: str, page: Page) -> tuple[list[BatchRecord], bool]:
         """Return a page of an owner's batches, and whether there are more."""
-        found: list[BatchRecord] = []
-        for batch_id in page_of(self._ids(owner), page):
-            try:
-                record = self.read(owner, batch_id)
-            except DecodeError as error:
-                log.warning("left out of the listing: %s", error)
-                continue
-            if record is None:
-                continue
-            if len(found) == page.limit:
-                return found, True
-            found.append(record)
-        return found, False
+        return read_page(self._ids(owner), page, lambda batch_id: self.read(owner, batch_id))
 
     def cancel(self, owner: str, batch_id: str) -> None:
         """Leave the mark that a batch is to be cancelled; raises ApiError (503)."""

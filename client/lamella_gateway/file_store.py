@@ -8,7 +8,6 @@ known of it (``.json``) is; its bytes (``.data``) are written before. Blocking: 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -21,14 +20,12 @@ from pydantic import ValidationError
 from lamella.errors import DecodeError
 from lamella.messages import Wire
 from lamella_gateway.api_error import ApiError
-from lamella_gateway.owned_place import Page, directory, is_id, is_owner, new_id, page_of, write_whole, written
+from lamella_gateway.owned_place import Page, directory, is_id, is_owner, new_id, read_page, write_whole, written
 
 FILE = "file-"
 ABANDONED_S = 3600.0  # an upload that nothing was added to for so long
 MAX_FILES = 10_000  # of an owner
 CHECK_EVERY_BYTES = 16 * 1024 * 1024
-
-log = logging.getLogger(__name__)
 
 Purpose = Literal["batch", "batch_output"]
 
@@ -89,19 +86,12 @@ class FileStore:
 
     def page(self, owner: str, page: Page, purpose: str | None) -> tuple[list[StoredFile], bool]:
         """Return a page of an owner's files, and whether there are more."""
-        found: list[StoredFile] = []
-        for file_id in page_of(self._ids(owner), page):
-            try:
-                file = self.read(owner, file_id)
-            except DecodeError as error:
-                log.warning("left out of the listing: %s", error)
-                continue
-            if file is None or (purpose is not None and file.purpose != purpose):
-                continue
-            if len(found) == page.limit:
-                return found, True
-            found.append(file)
-        return found, False
+
+        def read(file_id: str) -> StoredFile | None:
+            file = self.read(owner, file_id)
+            return file if file is not None and purpose in (None, file.purpose) else None
+
+        return read_page(self._ids(owner), page, read)
 
     def delete(self, owner: str, file_id: str) -> bool:
         """Delete a file; False if there was none."""

@@ -12,6 +12,7 @@ made of ids that are checked by form. Neighbours: `file_store` and `batch_store`
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import secrets
@@ -21,15 +22,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, ParamSpec, TypeVar
 
+from lamella.errors import DecodeError
 from lamella_gateway.api_error import SERVER, ApiError
 from lamella_gateway.api_keys import ApiKey
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
+Kept = TypeVar("Kept")
 NOBODY = "local"  # the owner where no key is asked for
 MODE = 0o700
 _OWNER = re.compile(r"[0-9a-f]{12}|local", re.ASCII)
 _ID = re.compile(r"(file-|batch_)[0-9a-f]{24}", re.ASCII)
+
+
+log = logging.getLogger(__name__)
 
 
 class Page(NamedTuple):
@@ -120,3 +126,20 @@ def page_of(ids: list[str], page: Page) -> list[str]:
         return ordered
     after = page.after
     return [each for each in ordered if (each < after if page.newest_first else each > after)]
+
+
+def read_page(ids: list[str], page: Page, read: Callable[[str], Kept | None]) -> tuple[list[Kept], bool]:
+    """Return a page of what `read` gives for `ids`, and whether there are more; what cannot be decoded is left out."""
+    found: list[Kept] = []
+    for each in page_of(ids, page):
+        try:
+            kept = read(each)
+        except DecodeError as error:
+            log.warning("left out of the listing: %s", error)
+            continue
+        if kept is None:
+            continue
+        if len(found) == page.limit:
+            return found, True
+        found.append(kept)
+    return found, False
