@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.latency --requests 100 --json latency.json
     OMP_NUM_THREADS=1 python -m benchmarks.latency --model smollm2 --store STORE --streams 64 --tokens 40
+    OMP_NUM_THREADS=1 python -m benchmarks.latency --layers 8 --hidden 4096 --device cuda:0 --vram 1500MiB
 
 Everything is measured in one run. *First event*: requests one at a time, in turn to an engine's process alone and
 through client, queue, worker and another such process; the difference of each pair is the service's. *Delivery*: a
@@ -44,7 +45,7 @@ from lamella import AsyncClient, Client
 from lamella.messages import TokenEvent
 from lamella_engine import ShardStore
 
-TINY = LlamaShape(layers=4, hidden=64, ffn=96, vocab=512, heads=4, kv_heads=2, dtype="float32")
+HEAD_WIDTH = 16
 WARM = 10  # requests before those that count
 FIRST_TOKENS = 3  # of a request whose first one is timed
 STREAM_S = 600.0
@@ -156,12 +157,27 @@ def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
     return {"min": round(ordered[0], 2), **found, "max": round(ordered[-1], 2)}
 
 
+def made_shape(options: argparse.Namespace) -> LlamaShape:
+    """The random model that is made where none is named: float32 on a processor, bfloat16 on a card."""
+    heads = max(2, options.hidden // (HEAD_WIDTH if options.hidden < 1024 else 8 * HEAD_WIDTH))
+    dtype = "float32" if options.device == "cpu" else "bfloat16"
+    return LlamaShape(
+        layers=options.layers,
+        hidden=options.hidden,
+        ffn=options.hidden * 3 // 2 if options.hidden < 1024 else options.hidden * 11 // 4,
+        vocab=512,
+        heads=heads,
+        kv_heads=heads // 2,
+        dtype=dtype,
+    )
+
+
 def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Run all parts."""
     model, store = options.model or "tiny", options.store or directory / "store"
     if options.model is None:
-        ShardStore(store).ensure(model, source=build_checkpoint(TINY, directory / "checkpoint"))
-    terms = Terms(model, store, options.streams, options.ram)
+        ShardStore(store).ensure(model, source=build_checkpoint(made_shape(options), directory / "checkpoint"))
+    terms = Terms(model, store, options.streams, options.ram, options.vram, options.device)
     result: dict[str, Any] = {"model": model, "threads": os.environ.get("OMP_NUM_THREADS", "as torch chooses")}
     with ExitStack() as stack:
         service = stack.enter_context(Service(worker_command(terms, "worker"), "worker", directory))
@@ -191,8 +207,12 @@ def _say(text: str) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model in --store; else a tiny one is made")
+    parser.add_argument("--model", help="a model in --store; else a random one is made")
     parser.add_argument("--store", type=Path, help="directory of the shard cache, with --model")
+    parser.add_argument("--layers", type=int, default=4, help="of the random model, where --model names none")
+    parser.add_argument("--hidden", type=int, default=64, help="its width")
+    parser.add_argument("--device", default="cpu", help="of both sides")
+    parser.add_argument("--vram", default="auto", help="device memory, of each side")
     parser.add_argument("--ram", default="auto", help="host memory for weights, of each side")
     parser.add_argument("--requests", type=int, default=100, help="whose first event is timed")
     parser.add_argument("--streams", type=int, default=64, help="side by side")
@@ -213,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bystanders, load = Bystanders(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="lamella-latency-") as name:
         figures = measure(options, Path(name))
-        facts = machine_facts(Path(name), "cpu")
+        facts = machine_facts(Path(name), options.device)
     result = {
         "command": "python -m benchmarks.latency " + " ".join(sys.argv[1:] if arguments is None else arguments),
         "machine": {**facts, "others_busy_cores": bystanders.busy_cores()},

@@ -42,6 +42,8 @@ class Terms:
     store: Path
     slots: int
     ram: str
+    vram: str = "auto"
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class EngineAlone:
     """An engine's process without a queue, spoken to as a worker does; a context manager."""
 
     def __init__(self, terms: Terms) -> None:
-        table = EngineTable(store=terms.store, max_sequences=terms.slots, ram=terms.ram, offline=True)
-        spec = EngineSpec((ServedModel(terms.model, terms.model),), table, "cpu")
+        table = EngineTable(store=terms.store, max_sequences=terms.slots, ram=terms.ram, vram=terms.vram, offline=True)
+        spec = EngineSpec((ServedModel(terms.model, terms.model),), table, terms.device)
         self._host = ChildHost.open(spec, WorkerTable(model=terms.model))
         self._engine = self._host.engines[terms.model]
         self._events = self._engine.events(poll_s=0.5)
@@ -232,9 +234,9 @@ class Service:
 def worker_command(terms: Terms, name: str) -> list[str]:
     """The command of a worker with the same settings as the engine alone; ``{url}`` is the server's address."""
     return [
-        *(sys.executable, "-m", "lamella_worker", "--model", terms.model, "--name", name, "--device", "cpu"),
-        *("--redis-url", "{url}", "--store", str(terms.store), "--ram", terms.ram, "--offline"),
-        *("--slots", str(terms.slots)),
+        *(sys.executable, "-m", "lamella_worker", "--model", terms.model, "--name", name),
+        *("--device", terms.device, "--redis-url", "{url}", "--store", str(terms.store), "--offline"),
+        *("--ram", terms.ram, "--vram", terms.vram, "--slots", str(terms.slots)),
     ]
 
 
