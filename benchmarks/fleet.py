@@ -7,6 +7,7 @@ No model runs and no time passes between claim and end, so what is measured is t
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,11 +53,15 @@ class Held:
 
 @dataclass
 class Book:
-    """What became of the jobs, by number; `ends` counts terminal events that the registry took, so each may be 1."""
+    """What became of the jobs, by number; `ends` counts terminal events that the registry took, so each may be 1.
+
+    Several connections write into one book, under its lock.
+    """
 
     ends: bytearray
     tokens_by_user: Counter[int] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def num_ended(self) -> int:
@@ -79,6 +84,12 @@ class Fleet:
         self.num_workers, self.num_users, self.slots = num_workers, num_users, slots
         self.book = Book(bytearray(num_jobs))
         self._turn = 0
+
+    def beside(self, client: redis.Redis) -> Fleet:
+        """The same workers, users and book on another connection, for another thread."""
+        other = Fleet(client, self.num_workers, self.num_users, 0, self.slots)
+        other.book = self.book
+        return other
 
     def weight(self, user: int) -> float:
         """The user's share."""
@@ -131,7 +142,8 @@ class Fleet:
             if reply.status is ClaimStatus.OK:
                 held.append(Held(int(job_id, 16), taker, reply.fence, reply.attempts))
             else:
-                self.book.refused[f"claim {reply.status.value}"] += 1
+                with self.book.lock:
+                    self.book.refused[f"claim {reply.status.value}"] += 1
         return held
 
     def end(self, held: Sequence[Held]) -> list[EmitReply]:
@@ -140,12 +152,13 @@ class Fleet:
         done = Done(finish_reason="stop", usage=Usage(prompt_tokens=15, completion_tokens=TOKENS))
         calls = [emit_call(self.keys, f"{job.number:032x}", job.fence, 1, 1000, (token, done)) for job in held]
         replies: list[EmitReply] = _all_well(self.registry.call_many(calls))
-        for job, reply in zip(held, replies, strict=True):
-            if reply.status is EmitStatus.OK:
-                self.book.ends[job.number] += 1
-                self.book.tokens_by_user[job.number % self.num_users] += 15 + TOKENS
-            else:
-                self.book.refused[f"end {reply.status.value}"] += 1
+        with self.book.lock:
+            for job, reply in zip(held, replies, strict=True):
+                if reply.status is EmitStatus.OK:
+                    self.book.ends[job.number] += 1
+                    self.book.tokens_by_user[job.number % self.num_users] += 15 + TOKENS
+                else:
+                    self.book.refused[f"end {reply.status.value}"] += 1
         return replies
 
     def waiting(self) -> int:

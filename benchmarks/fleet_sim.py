@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +133,17 @@ def work(fleet: Fleet, most: int, workers: Sequence[int]) -> int:
     return ended
 
 
-def dispatch(fleet: Fleet, most: int) -> dict[str, Any]:
-    """Claim, end and thereby send on `most` jobs."""
+def dispatch(fleet: Fleet, most: int, others: Sequence[redis.Redis]) -> dict[str, Any]:
+    """Claim, end and thereby send on `most` jobs, on the fleet's connection and `others` at once, as workers do."""
+    sides = [fleet, *(fleet.beside(other) for other in others)]
     meter = Meter(fleet.client)
-    ended = work(fleet, most, range(fleet.num_workers))
-    return _rate(ended, *meter.read())
+    with ThreadPoolExecutor(len(sides)) as pool:
+        turns = [
+            pool.submit(work, side, most // len(sides), range(place, fleet.num_workers, len(sides)))
+            for place, side in enumerate(sides)
+        ]
+        ended = sum(turn.result() for turn in turns)
+    return {"connections": len(sides), **_rate(ended, *meter.read())}
 
 
 def fairness(fleet: Fleet) -> dict[str, Any]:
@@ -207,8 +214,8 @@ def slowest(client: redis.Redis) -> list[dict[str, Any]]:
     return [{"us": entry["duration"], "command": str(entry["command"])[:40]} for entry in entries]
 
 
-def simulate(options: argparse.Namespace, client: redis.Redis) -> dict[str, Any]:
-    """Run every part; returns the figures."""
+def simulate(options: argparse.Namespace, client: redis.Redis, others: Sequence[redis.Redis]) -> dict[str, Any]:
+    """Run every part; returns the figures. `others` are further connections, for dispatching."""
     fleet = Fleet(client, options.workers, options.users, options.jobs, options.slots)
     client.config_set("slowlog-log-slower-than", SLOW_US)
     client.config_set("appendonly", "yes" if options.appendonly else "no")
@@ -228,7 +235,7 @@ def simulate(options: argparse.Namespace, client: redis.Redis) -> dict[str, Any]
     fleet.serve(range(options.workers))
     sent = int(client.llen(fleet.keys.queue_list(MODEL)))
     peak_bytes = int(client.info("memory")["used_memory"]) - empty_bytes
-    rate = dispatch(fleet, min(options.run, options.jobs // 2))
+    rate = dispatch(fleet, min(options.run, options.jobs // 2), others)
     _say(f"dispatch: {rate['per_s']}/s, {rate['per_server_cpu_s']} per second of the server's processor")
     fair = fairness(fleet)
     recovery = lose_a_tenth(fleet, options.lease_ms, 300.0)
@@ -286,6 +293,10 @@ def _fewer_lines() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _connect(url: str) -> redis.Redis:
+    return redis.Redis.from_url(url, protocol=2, decode_responses=True, socket_timeout=120)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -298,12 +309,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=1000)
     parser.add_argument("--slots", type=int, default=4, help="of each worker")
     parser.add_argument("--run", type=int, default=50_000, help="jobs that the rate of dispatch is measured with")
+    parser.add_argument("--connections", type=int, default=2, help="that dispatch at once; one waits for each answer")
     parser.add_argument("--lease-ms", type=int, default=5000)
     parser.add_argument("--drain", action="store_true", help="run all jobs to their end")
     parser.add_argument("--no-appendonly", dest="appendonly", action="store_false", help="keep no append-only file")
     parser.add_argument("--directory", type=Path, default=None, help="of the server's files; else a temporary one")
     parser.add_argument("--out", type=Path, default=None, help="JSON file; else standard output")
     options = parser.parse_args(arguments)
+    if not 1 <= options.connections <= options.workers:
+        parser.error("--connections is at least 1, and at most as many as there are workers")
     if options.jobs < 1 << STEPS or not options.workers >= 10 or not 1 <= options.users <= options.jobs:
         parser.error("it takes at least 16 jobs, 10 workers, and no more users than jobs")
     return options
@@ -315,11 +329,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bystanders = Bystanders()
     with tempfile.TemporaryDirectory(prefix="lamella-fleet-", dir=options.directory) as directory:
         root = Path(directory)
-        with EmbeddedServer(root / "server") as server:
-            client = redis.Redis.from_url(server.url, protocol=2, decode_responses=True, socket_timeout=120)
-            with client, _fewer_lines():
-                figures = simulate(options, client)
-                version = client.info("server").get("valkey_version") or client.info("server")["redis_version"]
+        with EmbeddedServer(root / "server") as server, ExitStack() as stack:
+            stack.enter_context(_fewer_lines())
+            client, *others = [stack.enter_context(_connect(server.url)) for _ in range(options.connections)]
+            figures = simulate(options, client, others)
+            version = client.info("server").get("valkey_version") or client.info("server")["redis_version"]
         facts = machine_facts(root, "cpu")
     result = {
         "command": "python -m benchmarks.fleet_sim " + " ".join(sys.argv[1:] if arguments is None else arguments),
