@@ -30,7 +30,7 @@ from typing import Any
 import redis
 
 from benchmarks.json_file import write_json
-from benchmarks.machine import Bystanders, proc_field, process_busy_s
+from benchmarks.machine import Bystanders, machine_facts, proc_field, process_busy_s
 from lamella import AsyncClient
 from lamella.connection import script_digest
 from lamella.embedded import EmbeddedServer
@@ -259,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         process, port = start(server.url, Path.cwd())
         try:
             bystanders = Bystanders()
-            result: dict[str, Any] = {"command": "python -m benchmarks.gateway", "cores": os.cpu_count()}
+            words = sys.argv[1:] if arguments is None else arguments
+            result: dict[str, Any] = {"command": "python -m benchmarks.gateway " + " ".join(words)}
+            result["machine"] = machine_facts(Path(name), "cpu")
             result["overhead"] = asyncio.run(overhead(port, server.url, given.streams, given.requests))
             result["busy_cores_of_all_but_this_program"] = bystanders.busy_cores()
             clockwork.is_idle = True
