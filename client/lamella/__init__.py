@@ -23,56 +23,61 @@ Files in the order in which a request flows through them:
 - `embedded`, `child_process`, `service_state`: a private server for `lamella up`
 - `cli`: the ``lamella`` command
 
-Importing this package loads neither torch nor celery.
+Importing this package loads neither torch nor celery; each name is loaded when it is first asked for, and with it
+pydantic and redis, which take most of a command's first moments.
 """
 
-from lamella.async_client import AsyncClient
-from lamella.async_job import AsyncJob
-from lamella.chat import FunctionCall, ToolCall
-from lamella.client import Client
-from lamella.completion import Completion
-from lamella.embedding import Embeddings
-from lamella.errors import (
-    ConfigError,
-    DeadlineHopeless,
-    DecodeError,
-    EncryptionError,
-    IdempotencyConflict,
-    JobCancelled,
-    JobError,
-    JobFailed,
-    JobNotFound,
-    LamellaError,
-    NoWorkerError,
-    QueueFull,
-    RequestError,
-    ServerError,
-    ServerRefused,
-    ServerUnreachable,
-    UserLimitReached,
-    WaitTimeout,
-)
-from lamella.job import Job
-from lamella.limits import Limits, UserLimits
-from lamella.map_meter import MapProgress
-from lamella.messages import (
-    Cancelled,
-    ChatMessage,
-    Done,
-    Failed,
-    JobState,
-    JobStatus,
-    ModelInfo,
-    Priority,
-    Progress,
-    SamplingParams,
-    TokenEvent,
-    TokenLogprob,
-    Usage,
-    WorkerInfo,
-)
-from lamella.registry_calls import CancelStatus
-from lamella.stream_order import StreamItem
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lamella.async_client import AsyncClient
+    from lamella.async_job import AsyncJob
+    from lamella.chat import FunctionCall, ToolCall
+    from lamella.client import Client
+    from lamella.completion import Completion
+    from lamella.embedding import Embeddings
+    from lamella.errors import (
+        ConfigError,
+        DeadlineHopeless,
+        DecodeError,
+        EncryptionError,
+        IdempotencyConflict,
+        JobCancelled,
+        JobError,
+        JobFailed,
+        JobNotFound,
+        LamellaError,
+        NoWorkerError,
+        QueueFull,
+        RequestError,
+        ServerError,
+        ServerRefused,
+        ServerUnreachable,
+        UserLimitReached,
+        WaitTimeout,
+    )
+    from lamella.job import Job
+    from lamella.limits import Limits, UserLimits
+    from lamella.map_meter import MapProgress
+    from lamella.messages import (
+        Cancelled,
+        ChatMessage,
+        Done,
+        Failed,
+        JobState,
+        JobStatus,
+        ModelInfo,
+        Priority,
+        Progress,
+        SamplingParams,
+        TokenEvent,
+        TokenLogprob,
+        Usage,
+        WorkerInfo,
+    )
+    from lamella.registry_calls import CancelStatus
+    from lamella.stream_order import StreamItem
 
 __version__ = "0.1.0"
 
@@ -123,3 +128,65 @@ __all__ = [
     "WaitTimeout",
     "WorkerInfo",
 ]
+
+_HOMES = {
+    "AsyncClient": "lamella.async_client",
+    "AsyncJob": "lamella.async_job",
+    "FunctionCall": "lamella.chat",
+    "ToolCall": "lamella.chat",
+    "Client": "lamella.client",
+    "Completion": "lamella.completion",
+    "Embeddings": "lamella.embedding",
+    "ConfigError": "lamella.errors",
+    "DeadlineHopeless": "lamella.errors",
+    "DecodeError": "lamella.errors",
+    "EncryptionError": "lamella.errors",
+    "IdempotencyConflict": "lamella.errors",
+    "JobCancelled": "lamella.errors",
+    "JobError": "lamella.errors",
+    "JobFailed": "lamella.errors",
+    "JobNotFound": "lamella.errors",
+    "LamellaError": "lamella.errors",
+    "NoWorkerError": "lamella.errors",
+    "QueueFull": "lamella.errors",
+    "RequestError": "lamella.errors",
+    "ServerError": "lamella.errors",
+    "ServerRefused": "lamella.errors",
+    "ServerUnreachable": "lamella.errors",
+    "UserLimitReached": "lamella.errors",
+    "WaitTimeout": "lamella.errors",
+    "Job": "lamella.job",
+    "Limits": "lamella.limits",
+    "UserLimits": "lamella.limits",
+    "MapProgress": "lamella.map_meter",
+    "Cancelled": "lamella.messages",
+    "ChatMessage": "lamella.messages",
+    "Done": "lamella.messages",
+    "Failed": "lamella.messages",
+    "JobState": "lamella.messages",
+    "JobStatus": "lamella.messages",
+    "ModelInfo": "lamella.messages",
+    "Priority": "lamella.messages",
+    "Progress": "lamella.messages",
+    "SamplingParams": "lamella.messages",
+    "TokenEvent": "lamella.messages",
+    "TokenLogprob": "lamella.messages",
+    "Usage": "lamella.messages",
+    "WorkerInfo": "lamella.messages",
+    "CancelStatus": "lamella.registry_calls",
+    "StreamItem": "lamella.stream_order",
+}
+
+
+def __getattr__(name: str) -> object:
+    """The public name `name`, from the file that owns it; kept, so that this is asked once."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
