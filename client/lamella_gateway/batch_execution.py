@@ -64,7 +64,7 @@ class BatchExecution:
         self._record = record
         self._is_stopped = is_stopped
         self._place = stores.batches.place(record.owner, record.batch_id)
-        self._was_closing = record.ends_as is not End.COMPLETED
+        self._was_begun = record.phase is Phase.RUN  # an earlier run may have sent jobs that no record tells of
         self._told_at = self._looked_at = self._asked_at = float("-inf")
         self._is_revoked = False
 
@@ -177,7 +177,7 @@ class BatchExecution:
         return Closing(
             BatchError(*_WHY[record.ends_as]),
             stops_running=record.ends_as is not End.CANCELLED or waited_s > CANCEL_GRACE_S,
-            searched=SEARCHED if self._was_closing else 0,
+            searched=SEARCHED if self._was_begun else 0,
         )
 
     def _look(self, *, is_due: bool = False) -> None:

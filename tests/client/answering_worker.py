@@ -55,8 +55,11 @@ class AnsweringWorker:
     ) -> None:
         self._stop.set()
         self._thread.join(40.0)
-        if self._failure is not None and error is None:
+        if self._failure is None:
+            return
+        if error is None:
             raise self._failure
+        error.add_note(f"the answering worker had given up before: {self._failure!r}")
 
     def announce(self) -> None:
         """Be listed as a live worker."""

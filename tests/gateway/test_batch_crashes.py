@@ -15,6 +15,7 @@ import pytest
 from lamella.connection import Connection
 from lamella.embedded import EmbeddedServer
 from lamella_gateway.api_keys import make_key, read_use, shown_key, store_key
+from lamella_gateway.batch_store import BatchStore
 from tests.client.acting_worker import ActingWorker, done, token
 from tests.client.answering_worker import AnsweringWorker as Patient
 from tests.gateway.batch_lines import all_running, begin, chat_line, ended, records, texts
@@ -122,6 +123,31 @@ def test_a_batch_that_is_being_cancelled_is_ended_by_the_next_gateway(
     assert batch.status == "cancelled"
     assert sorted(texts(outputs).values()) == ["<a>", *["late"] * len(running)]
     assert len(outputs) + len(errors) == 20
+
+
+def test_jobs_of_a_batch_that_is_cancelled_before_the_next_gateway_looks_are_not_left_behind(
+    start: Callable[..., Process], worker: ActingWorker, tmp_path: Path
+) -> None:
+    asked = [chat_line(0, "a"), *(chat_line(number, "held") for number in range(1, 20))]
+    with Patient(worker, holds=["held"]) as patient:
+        first = start()
+        with first.client() as sdk:
+            batch = begin(sdk, asked)
+            wait_until(lambda: len(patient.asked) >= 5)  # all slots are taken, and more jobs wait
+        first.end(signal.SIGKILL)
+        store = BatchStore(tmp_path / "files")
+        ((owner, batch_id),) = store.active()
+        store.cancel(owner, batch_id)  # as a gateway does that dies at once
+        with start().client() as sdk:
+            running = wait_until(lambda: all_running(worker))
+            for job_id in running:
+                worker.emit(job_id, token("late"), done())
+            batch = ended(sdk, batch)
+            outputs = records(sdk, batch.output_file_id)
+
+    assert batch.status == "cancelled"
+    assert sorted(texts(outputs).values()) == ["<a>", *["late"] * len(running)]
+    assert worker.redis.zcard(worker.keys.active) == 0
 
 
 def test_two_gateways_on_one_directory_run_a_batch_once(
