@@ -31,7 +31,7 @@ RUN_STAMP = $(VENV)/.lamella-run-$(CHECKOUT)
 DEV_STAMP = $(VENV)/.lamella-dev-$(CHECKOUT)
 BENCH_STAMP = $(VENV)/.lamella-bench-$(CHECKOUT)
 
-.PHONY: help demo test lint types pytest slow faults soak wheel bench families versions docs clean
+.PHONY: help demo test lint types pytest slow faults soak wheel bench families versions compat docs clean
 
 help:  ## list the commands
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -89,13 +89,18 @@ families: $(DEV_STAMP)  ## run a tiny model of every family and write docs/famil
 versions: $(DEV_STAMP)  ## the engine's tests on the oldest and the newest transformers and torch; VERSIONS_ARGS="--torch 2.13.0"
 	@$(BIN)/python -m tools.versions $(VERSIONS_ARGS)
 
+compat: $(DEV_STAMP)  ## the gateway's tests with litellm, which wants an environment of its own
+	@test -x $(VENV)-litellm/bin/python || $(BIN)/python -m venv $(VENV)-litellm
+	@$(VENV)-litellm/bin/python -m pip install -q --disable-pip-version-check "litellm>=1.80"
+	@LITELLM_PYTHON=$(abspath $(VENV))-litellm/bin/python $(BIN)/python -m pytest tests/gateway/test_litellm.py
+
 docs: $(DEV_STAMP)  ## write the reference pages and build the site into dist/site; any link that leads nowhere fails
 	@$(BIN)/python -m tools.reference_pages
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "dist/site/index.html"
 
 clean:  ## remove what was built or fetched here: the environment, caches, demo data, fetched models
-	rm -rf $(VENV) dist .demo .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-litellm dist .demo .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find client engine worker tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN_STAMP): pyproject.toml constraints.txt
