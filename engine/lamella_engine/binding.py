@@ -2,13 +2,14 @@
 
 A tensor of a shard becomes a view into the slot's buffer; binding is one assignment per tensor. Views are kept per
 buffer, so a steady sweep allocates nothing. Where the compute dtype is not the stored one, what stays is converted once
-and what streams is converted into one buffer that all layers share.
+and what streams is converted into one buffer that all layers share; of a layer that came without its experts, each
+expert once it is there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,13 @@ class _Stored:
         else:
             self.format.decode({suffix: part.to(target.device) for suffix, part in self.parts.items()}, target)
 
+    def expand_entries(self, low: int, high: int, target: torch.Tensor) -> None:
+        """Write entries `low` to `high` of the first dimension to the same entries of `target`, of the whole shape."""
+        if self.format is None:
+            target[low:high].copy_(self.plain[low:high])
+        else:
+            self.format.decode(self.format.slice_rows(self.parts, low, high), target[low:high])
+
 
 class LayerBinding:
     """The places of one shard's tensors in one module; `bind` may be called with any buffer that holds the shard.
@@ -93,6 +101,12 @@ class LayerBinding:
         )
         self._views: dict[tuple[str, int], list[_Stored]] = {}
         self._expanded: list[torch.Tensor] | None = None
+        self._in_experts: frozenset[str] = frozenset()
+        self._awaited: list[tuple[_Stored, torch.Tensor]] = []  # of the slot bound last, where experts go from and to
+
+    def await_experts(self, tensors: Sequence[str]) -> None:
+        """Where a slot came without experts, leave `tensors`, of which they are entries, to `expand_experts`."""
+        self._in_experts = frozenset(tensors)
 
     def use_buffer(self, buffer: torch.Tensor) -> None:
         """Convert what streams into `buffer` (uint8, at least `converted_bytes`), which other layers use, too."""
@@ -105,11 +119,17 @@ class LayerBinding:
             specs = self._converted if slot.is_converted else [place.spec for place in self._places]
             views = self._views[slot.key] = [_Stored.of(slot.tensor, spec) for spec in specs]
         if self.needs_conversion and not slot.is_converted:
-            tensors = self._expand(views)
+            tensors = self._expand(views, is_sparse=slot.is_sparse)
         else:
             tensors = [view.plain for view in views]
         for place, tensor in zip(self._places, tensors, strict=True):
             place.tensors[place.leaf] = tensor
+
+    def expand_experts(self, experts: Sequence[int]) -> None:
+        """Expand `experts`, ascending, which have come to the slot bound last; none where they compute as they lie."""
+        for low, high in _runs(experts):
+            for stored, target in self._awaited:
+                stored.expand_entries(low, high, target)
 
     def prepare(self, device: torch.device) -> None:
         """Have at hand what expanding packed tensors on `device` needs, before anything of it is recorded."""
@@ -126,16 +146,25 @@ class LayerBinding:
         """Leave only meta tensors in the module, and forget all buffers."""
         self._views.clear()
         self._expanded = None
+        self._awaited = []
         for place in self._places:
             place.tensors[place.leaf] = torch.empty(place.spec.shape, dtype=place.dtype, device="meta")
 
-    def _expand(self, views: list[_Stored]) -> list[torch.Tensor]:
+    def _expand(self, views: list[_Stored], *, is_sparse: bool) -> list[torch.Tensor]:
         into = self._expanded
         if into is None:
             into = [view.empty(place.dtype) for place, view in zip(self._places, views, strict=True)]
-        for view, expanded in zip(views, into, strict=True):
-            view.expand_into(expanded)
-        return into
+        tensors, self._awaited = [], []
+        for place, view, expanded in zip(self._places, views, into, strict=True):
+            if view.format is None and view.plain.dtype == place.dtype:
+                tensors.append(view.plain)
+                continue
+            if is_sparse and place.spec.name in self._in_experts:
+                self._awaited.append((view, expanded))
+            else:
+                view.expand_into(expanded)
+            tensors.append(expanded)
+        return tensors
 
 
 def converted_layout(tensors: tuple[TensorSpec, ...], dtypes: list[torch.dtype]) -> list[TensorSpec]:
@@ -147,6 +176,17 @@ def converted_layout(tensors: tuple[TensorSpec, ...], dtypes: list[torch.dtype])
         layout.append(TensorSpec(spec.name, str(dtype).removeprefix("torch."), spec.shape, offset, nbytes))
         offset += -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
     return layout
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and end of each run of neighbours among ascending `numbers`."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs
 
 
 def _torch_dtype(spec: TensorSpec) -> torch.dtype:

@@ -95,11 +95,25 @@ def moved_bytes(sizes: ModelSizes, place: LayerPlacement, tokens: int) -> int:
 
 
 def _unvisited(sizes: ModelSizes, place: LayerPlacement, tokens: int) -> int:
-    """Bytes of the experts of a layer that no token visits; a layer that is converted is so as a whole."""
+    """Bytes, as stored, of the experts of a layer that no token visits."""
     experts = sizes.experts
-    if experts is None or sizes.expansion != 1:
+    if experts is None:
         return 0
     return int(experts.layers[place.layer] * (1.0 - visited_share(experts.count, experts.routed, tokens)))
+
+
+def _read_bytes(sizes: ModelSizes, plan: Plan, place: LayerPlacement, tokens: int) -> int:
+    """Memory traffic of computing with a layer: no unvisited expert is read, or expanded if the layer came without."""
+    home = Tier.RAM if plan.vram is None else Tier.VRAM
+    is_expanded = plan.keeps_packed or place.tier is not home
+    nbytes = computed_bytes(sizes, place.nbytes, is_streamed=is_expanded)
+    unvisited = _unvisited(sizes, place, tokens)
+    comes_without = place.tier is not home and moved_bytes(sizes, place, tokens) < place.nbytes
+    if comes_without:
+        unvisited = computed_bytes(sizes, unvisited, is_streamed=True)
+    else:
+        unvisited = math.ceil(unvisited * sizes.expansion)
+    return max(0, nbytes - unvisited)
 
 
 def kept_experts(sizes: ModelSizes, plan: Plan, tokens: int) -> tuple[int, int]:
@@ -128,12 +142,7 @@ def _lanes(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, tokens: int) -
     from_ram, from_vram = kept_experts(sizes, plan, tokens)
     moved = max(0, on_disk + in_ram - from_vram)
     on_disk = max(0, on_disk - from_ram - from_vram * on_disk // max(1, on_disk + in_ram))
-    home = Tier.RAM if plan.vram is None else Tier.VRAM
-    read = sum(
-        computed_bytes(sizes, place.nbytes, is_streamed=plan.keeps_packed or place.tier is not home)
-        - _unvisited(sizes, place, tokens)
-        for place in plan.layers
-    )
+    read = sum(_read_bytes(sizes, plan, place, tokens) for place in plan.layers)
     root = replace(sizes, expansion=root_expansion(sizes))
     read += computed_bytes(root, plan.head.nbytes, is_streamed=plan.head.num_blocks > 0)
     read += math.ceil(sizes.other * root.expansion)

@@ -7,6 +7,7 @@ streams move the bytes; `expert_cache` keeps some between sweeps; `experts` find
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,13 @@ from lamella_engine.experts import ExpertBytes
 from lamella_engine.pieces import PlacedPiece
 from lamella_engine.placement import Tier
 from lamella_engine.timeline import Timeline
+
+
+class Visit(NamedTuple):
+    """Experts that some tokens are routed to: those nobody of the sweep was before, and of these those kept nowhere."""
+
+    first: list[int]
+    missing: list[int]
 
 
 class ExpertFetch:
@@ -38,16 +46,16 @@ class ExpertFetch:
         self._present.clear()
         self._count(self._placed[number].tier, -self._own(number).nbytes)
 
-    def bring(self, number: int, experts: Sequence[int], slot: torch.Tensor) -> list[int]:
-        """Bring those of `experts` that are kept near to their places in `slot`, the whole piece; the others, if any.
+    def bring(self, number: int, experts: Sequence[int], slot: torch.Tensor) -> Visit:
+        """Bring those of `experts` that are kept near to their places in `slot`, the whole piece.
 
-        The caller moves the others there and says so by `keep`.
+        The caller moves what is missing there and says so by `keep`.
         """
         own, tier = self._own(number), self._placed[number].tier
-        missing = sorted(set(experts) - self._present)
-        self._present.update(missing)
+        first = missing = sorted(set(experts) - self._present)
+        self._present.update(first)
         self._to_keep.clear()
-        visited, hits = len(missing), {Tier.VRAM: 0, Tier.RAM: 0}
+        hits = {Tier.VRAM: 0, Tier.RAM: 0}
         for near, cache in self._caches.items():
             if near is tier or not missing:
                 continue
@@ -56,11 +64,11 @@ class ExpertFetch:
             hits[near] = len(wanted) - len(missing)
             self._count(near, hits[near] * own.expert_bytes)
         self._count(tier, len(missing) * own.expert_bytes)
-        self._timeline.add_experts(visited, hits[Tier.VRAM], hits[Tier.RAM])
-        return missing
+        self._timeline.add_experts(len(first), hits[Tier.VRAM], hits[Tier.RAM])
+        return Visit(first, missing)
 
     def keep(self, number: int, slot: torch.Tensor) -> None:
-        """All that `bring` returned is in `slot`: let the caches take of it what they like."""
+        """All that `bring` found missing is in `slot`: let the caches take of it what they like."""
         for near, fetched in self._to_keep.items():
             self._caches[near].keep(number, self._own(number), fetched, slot)
         self._to_keep.clear()

@@ -16,13 +16,13 @@ _USE = "experts that are visited most"
 
 def kept_back(sizes: ModelSizes, room: int, share: float) -> int:
     """Bytes of the `room` that layers could have which are set aside for experts."""
-    return int(max(0, room) * share) if sizes.experts is not None and sizes.expansion == 1 else 0
+    return int(max(0, room) * share) if sizes.experts is not None else 0
 
 
 def with_expert_room(sizes: ModelSizes, plan: Plan) -> Plan:
     """`plan` with what its budgets have left given to experts of the layers that stream, in whole experts."""
     experts = sizes.experts
-    if experts is None or sizes.expansion != 1:
+    if experts is None:
         return plan
     home = Tier.RAM if plan.vram is None else Tier.VRAM
     streams = [place.layer for place in plan.layers if place.tier is not home]

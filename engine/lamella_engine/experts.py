@@ -3,13 +3,14 @@
 A sweep with few tokens visits few experts of a layer. Layers that stream then come without their experts, and those
 that the router chose are fetched when it has chosen, into the places where a whole layer would have them, so that the
 model's own code computes as ever. With many tokens most experts are visited, and layers come whole, ahead of time.
-Neighbours: `pieces` carries the ranges, `weight_stream` fetches.
+Packed tensors have the parts of an expert beside those of the next one as plain tensors have its numbers, so an expert
+is some ranges of bytes either way. Neighbours: `pieces` carries the ranges, `weight_stream` fetches, `binding` expands.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from lamella_engine.expert_share import is_sparse
+from lamella_engine.formats import find_format
 from lamella_engine.shard import TensorSpec
 from lamella_engine.weight_source import TensorShape
 
@@ -33,13 +35,16 @@ class ExpertBytes:
         path: of the module that owns them, within the layer.
         count: experts.
         routed: how many of them a token visits.
-        parts: offset of the first expert's bytes and bytes an expert, for each tensor; experts follow each other.
+        parts: offset of the first expert's bytes and bytes an expert, for each tensor or part of a packed one; experts
+            follow each other.
+        tensors: names of the tensors within the layer that experts are entries of.
     """
 
     path: str
     count: int
     routed: int
     parts: tuple[Range, ...]
+    tensors: tuple[str, ...] = ()
 
     @property
     def expert_bytes(self) -> int:
@@ -76,7 +81,9 @@ def find_experts(layer: nn.Module, tensors: Sequence[TensorSpec], routed: int | 
     if found is None or routed is None:
         return None
     path, count, own = found
-    return ExpertBytes(path, count, routed, tuple((spec.offset, spec.nbytes // count) for spec in own))
+    parts = {spec.name: tuple(_entry_bytes(spec, count)) for spec in own}
+    cut = tuple(name for name, ranges in parts.items() if ranges)
+    return ExpertBytes(path, count, routed, tuple(each for name in cut for each in parts[name]), cut)
 
 
 def expert_tensors(
@@ -111,6 +118,15 @@ def tell_when_routed(layer: nn.Module, experts: ExpertBytes, fetch: Fetch) -> No
         fetch(_visited(indices, experts.count))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _entry_bytes(spec: TensorSpec, count: int) -> Iterator[Range]:
+    """Where the first of `count` entries of a tensor begins and its bytes, for each part that entries do not share."""
+    if spec.packed is None:
+        yield spec.offset, spec.nbytes // count
+        return
+    shared = find_format(spec.packed.format).shared_parts(spec.shape)
+    yield from ((part.offset, part.nbytes // count) for part in spec.packed.parts if part.name not in shared)
 
 
 def _visited(indices: torch.Tensor, count: int) -> list[int]:

@@ -94,7 +94,10 @@ def _experts(layers: tuple[ShardContents, ...], tree: Architecture) -> ExpertSiz
     counts = {own[1] for own in found if own is not None}
     if len(counts) != 1 or routed is None:
         return None
-    return ExpertSizes(counts.pop(), routed, tuple(0 if own is None else sum(map(size_of, own[2])) for own in found))
+    nbytes = tuple(
+        0 if own is None else sum(map(layer.stored_size, own[2])) for layer, own in zip(layers, found, strict=True)
+    )
+    return ExpertSizes(counts.pop(), routed, nbytes)
 
 
 def _kept_bytes(tree: Architecture, dtype: torch.dtype) -> int:

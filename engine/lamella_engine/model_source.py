@@ -6,8 +6,8 @@ A model of the store is told by its shards' headers, a checkpoint by its own hea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,12 +29,12 @@ from lamella_engine.weight_source import TensorShape, WeightSource
 class ShardContents:
     """One shard, built or to be built: bytes of its data, padding included, and its tensors as they expand to.
 
-    `packed_bytes` is what packing them saved.
+    `packed` has the bytes of those that are stored packed, by name.
     """
 
     nbytes: int
     tensors: tuple[TensorShape, ...]
-    packed_bytes: int = 0
+    packed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:
@@ -44,13 +44,17 @@ class ShardContents:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the tensors alone, as they are stored."""
-        return self.tensor_bytes - self.packed_bytes
+        return sum(map(self.stored_size, self.tensors))
+
+    def stored_size(self, tensor: TensorShape) -> int:
+        """Bytes of one of `tensors`, as it is stored."""
+        return self.packed.get(tensor.name, size_of(tensor))
 
     @classmethod
     def of_shard(cls, shard: Shard) -> ShardContents:
         """What a built shard holds."""
         tensors = tuple(TensorShape(spec.name, spec.dtype, spec.shape) for spec in shard.tensors)
-        return cls(shard.nbytes, tensors, sum(map(size_of, tensors)) - sum(spec.nbytes for spec in shard.tensors))
+        return cls(shard.nbytes, tensors, {spec.name: spec.nbytes for spec in shard.tensors if spec.packed is not None})
 
     @classmethod
     def planned(cls, tensors: Iterable[TensorShape]) -> ShardContents:
@@ -69,7 +73,7 @@ class ModelContents:
     @property
     def is_packed(self) -> bool:
         """Whether tensors of layers have to be expanded."""
-        return any(layer.packed_bytes for layer in self.layers)
+        return any(layer.packed for layer in self.layers)
 
 
 @dataclass(frozen=True)

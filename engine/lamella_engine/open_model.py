@@ -223,7 +223,7 @@ class _Opener:
         self._resources.callback(stream.close)
         for number, (layer, own) in enumerate(zip(self._built.layers, experts, strict=True)):
             if own is not None and stream.fetches(number):
-                tell_when_routed(layer, own, partial(stream.fetch, number))
+                tell_when_routed(layer, own, partial(_bring, stream, bindings[number], number))
         buffer = self._conversion_buffer(placed, bindings, tables.head)
         if self._plan.head.num_blocks:
             assert tables.head is not None, "place_pieces has found it"
@@ -237,12 +237,16 @@ class _Opener:
         self._kept.push(self._resources.pop_all())
 
     def _find_experts(self, bindings: Sequence[LayerBinding]) -> list[ExpertBytes | None]:
-        """Each layer's experts, where they can be fetched one by one: a layer that is converted is so as a whole."""
+        """Each layer's experts, where they can be fetched one by one; its binding is told of them."""
         routed = first_whole(self._built.config, ROUTED_COUNTS)
-        return [
-            None if binding.needs_conversion else find_experts(layer, shard.tensors, routed)
-            for layer, shard, binding in zip(self._built.layers, self._sharded.layers, bindings, strict=True)
+        found = [
+            find_experts(layer, shard.tensors, routed)
+            for layer, shard in zip(self._built.layers, self._sharded.layers, strict=True)
         ]
+        for binding, own in zip(bindings, found, strict=True):
+            if own is not None:
+                binding.await_experts(own.tensors)
+        return found
 
     def _open_stream(self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], loader: Loader) -> WeightStream:
         reader = self._open_reader([place.piece for place in placed if place.tier is Tier.DISK])
@@ -334,6 +338,11 @@ class _Opener:
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Make `device` the one that memory is pinned for."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _bring(stream: WeightStream, binding: LayerBinding, number: int, experts: Sequence[int]) -> None:
+    """Fetch what `experts` of the acquired piece `number` need, and expand what has come."""
+    binding.expand_experts(stream.fetch(number, experts))
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -33,12 +33,14 @@ Item = TypeVar("Item")
 class BoundSlot(NamedTuple):
     """A piece's bytes where they are computed: `tensor` is uint8, `key` names the buffer for caches of views.
 
-    `is_converted` says that the tensors in it have been brought to the compute dtype already.
+    `is_converted` says that the tensors in it have been brought to the compute dtype already, `is_sparse` that it came
+    without its experts.
     """
 
     key: tuple[str, int]
     tensor: torch.Tensor
     is_converted: bool = False
+    is_sparse: bool = False
 
 
 class Homes(NamedTuple):
@@ -57,8 +59,12 @@ class WeightStream(Protocol):
     def fetches(self, number: int) -> bool:
         """Whether piece `number` may come without its experts, which then have to be fetched."""
 
-    def fetch(self, number: int, experts: Sequence[int]) -> None:
-        """Bring what is missing of `experts` to the acquired piece `number`, before anything computed from here on."""
+    def fetch(self, number: int, experts: Sequence[int]) -> Sequence[int]:
+        """Bring what is missing of `experts` to the acquired piece `number`, before anything computed from here on.
+
+        Returns:
+            Those of `experts` that were not there before.
+        """
 
     def expect(self, tokens: int) -> None:
         """Say how many tokens the next sweeps carry, which decides what comes without its experts."""
@@ -105,7 +111,8 @@ class HostStream:
             assert self._reader is not None, "pieces on disk have a reader"
             self._held = self._reader.next_filled()
             _check_order(self._placed, self._on_disk[self._held.piece], number)
-            slot = BoundSlot(("ring", self._held.tensor.data_ptr()), self._held.tensor)
+            key = "ring", self._held.tensor.data_ptr()
+            slot = BoundSlot(key, self._held.tensor, is_sparse=self._held.is_sparse)
             if self._held.is_sparse:
                 self._experts.begin(number)
         self._began_s = time.perf_counter()
@@ -115,14 +122,16 @@ class HostStream:
         """See `WeightStream`."""
         return number not in self._resident and self._placed[number].piece.experts is not None
 
-    def fetch(self, number: int, experts: Sequence[int]) -> None:
+    def fetch(self, number: int, experts: Sequence[int]) -> Sequence[int]:
         """See `WeightStream`."""
         if self._held is None or self._reader is None or not self._held.is_sparse:
-            return
+            return ()
         piece = self._held.tensor
-        if missing := self._experts.bring(number, experts, piece):
-            self._reader.fill(self._held, self._experts.ranges(number, missing))
+        visit = self._experts.bring(number, experts, piece)
+        if visit.missing:
+            self._reader.fill(self._held, self._experts.ranges(number, visit.missing))
             self._experts.keep(number, piece)
+        return visit.first
 
     def expect(self, tokens: int) -> None:
         """See `WeightStream`."""
@@ -208,7 +217,7 @@ class DeviceStream:
             arrived, self._held = item
             _check_order(self._placed, arrived, number)
             self._transfer.await_piece(number, self._held)
-            bound = BoundSlot(("slot", self._held.key), self._held.tensor)
+            bound = BoundSlot(("slot", self._held.key), self._held.tensor, is_sparse=self._held.is_sparse)
             if self._held.is_sparse:
                 self._experts.begin(number)
         self._transfer.begin_compute(number)
@@ -218,13 +227,13 @@ class DeviceStream:
         """See `WeightStream`."""
         return number not in self._resident and self._placed[number].piece.experts is not None
 
-    def fetch(self, number: int, experts: Sequence[int]) -> None:
+    def fetch(self, number: int, experts: Sequence[int]) -> Sequence[int]:
         """See `WeightStream`."""
         if self._held is None or not self._held.is_sparse:
-            return
+            return ()
         slot = self._held.tensor
-        missing = self._experts.bring(number, experts, slot)
-        ranges = self._experts.ranges(number, missing)
+        visit = self._experts.bring(number, experts, slot)
+        ranges = self._experts.ranges(number, visit.missing)
         source = self._in_ram.get(number)
         if source is not None:
             for offset, nbytes in ranges:
@@ -234,8 +243,9 @@ class DeviceStream:
             for chunk in self._reader.fetch(self._on_disk.index(number), ranges):
                 self._transfer.copy_now(slot[chunk.offset : chunk.offset + chunk.nbytes], chunk.tensor)
                 self._reader.give_back(chunk, self._transfer.when_used())
-        if missing:
+        if visit.missing:
             self._experts.keep(number, slot)
+        return visit.first
 
     def expect(self, tokens: int) -> None:
         """See `WeightStream`."""

@@ -107,6 +107,10 @@ class Blockwise(Format):
         """See `Format.slice_rows`."""
         return {suffix: part[start:stop] for suffix, part in parts.items()}
 
+    def shared_parts(self, shape: Shape) -> tuple[str, ...]:
+        """See `Format.shared_parts`; a vector is one row."""
+        return () if len(shape) > 1 else (CODES, SCALES, EXPONENTS)
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """See `Format.prepare`."""
         kernels.prepare(device, dtype)

@@ -93,6 +93,10 @@ class Format(ABC):
         """The parts of entries `start` to `stop` of a weight's first dimension; a vector has one. Copies nothing."""
 
     @abstractmethod
+    def shared_parts(self, shape: Shape) -> tuple[str, ...]:
+        """Parts of such a weight that all entries of its first dimension need; the others have bytes for each entry."""
+
+    @abstractmethod
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compile what `decode` and `matvec` need for results of `dtype`; to be called before a graph is recorded."""
 

@@ -129,6 +129,12 @@ class Lossless(Format):
         shared = (ESCAPES, BOOK) if parts[BOOK].dim() == 1 else ()
         return {suffix: part if suffix in shared else part[start:stop] for suffix, part in parts.items()}
 
+    def shared_parts(self, shape: Shape) -> tuple[str, ...]:
+        """See `Format.shared_parts`; rows of one matrix share what belongs to matrices, a vector is one row."""
+        if len(shape) > 2:
+            return ()
+        return (ESCAPES, BOOK) if len(shape) == 2 else (MANTISSAS, CODES, STARTS, ESCAPES, BOOK)
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """See `Format.prepare`."""
         kernels.prepare(device, dtype)
