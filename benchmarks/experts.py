@@ -3,13 +3,14 @@
     python -m benchmarks.experts --json FILE
     python -m benchmarks.experts --device cuda --layers 16 --hidden 2048 --inner 7168 --experts 8 --routed 2
     python -m benchmarks.experts --ram 1GiB --expert-cache 100% --sequences 1
+    python -m benchmarks.experts --quant nf4 --sequences 1,2,4
 
 Writes a random Mixtral and decodes with several numbers of sequences, each twice: with every layer brought whole, and
 with experts fetched when the router has chosen. RAM budget 0 unless another is given: all that streams comes from the
 disk, past the file cache where that can be. With a share for experts it decodes a third time, the experts visited most
-kept in memory. Says how many bytes a token moves beside what it needs (dense parts and its routed experts), how much of
-the time reads were under way, and from how many sequences on whole layers are faster: `expert_share.SPARSE_SHARE` is
-set by that.
+kept in memory; with a packed format all of that once more, the layers packed. Says how many bytes a token moves beside
+what it needs (dense parts and its routed experts), how much of the time reads were under way, and from how many
+sequences on whole layers are faster: `expert_share.SPARSE_SHARE` is set by that.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ from lamella_engine import (
 )
 from lamella_engine.placement import Tier
 from lamella_engine.shard import ShardedModel
+from lamella_engine.stored_form import StoredForm
 
 WARM_UP_SWEEPS = 4
 DEADLINE_S = 300.0
 MODES = {"whole": -1.0, "visited": 1.0}  # experts are fetched up to this share of them
 KEPT = "kept"  # as visited, and those visited most are kept in the memory that layers had
+PACKED = "packed "  # before a mode: the layers are stored in the format that was asked for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,26 +58,36 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="lamella-experts-") as scratch:
         root = arguments.work_dir or Path(scratch)
-        sharded = _shards(arguments, root)
+        forms = {"": _shards(arguments, root)}
+        if arguments.quant:
+            forms[PACKED] = _packed(arguments, root)
         bystanders = Bystanders()
         results: dict[str, Any] = {
             "command": f"python -m benchmarks.experts {shlex.join(argv or sys.argv[1:])}",
             "machine": machine_facts(root, arguments.device),
-            "needed_bytes": _needed(sharded, arguments.routed),
-            "layer_bytes": sum(shard.nbytes for shard in sharded.layers),
+            "needed_bytes": {f"{form}model": _needed(sharded, arguments.routed) for form, sharded in forms.items()},
+            "layer_bytes": {
+                f"{form}model": sum(shard.nbytes for shard in sharded.layers) for form, sharded in forms.items()
+            },
             "sequences": {},
         }
         for count in arguments.sequences:
-            figures = {mode: _measure(sharded, arguments, count, share, "auto") for mode, share in MODES.items()}
-            if arguments.expert_cache != "auto":
-                figures[KEPT] = _measure(sharded, arguments, count, MODES["visited"], arguments.expert_cache)
-            results["sequences"][str(count)] = figures
-            _say(count, figures, results["needed_bytes"])
+            figures = results["sequences"][str(count)] = {}
+            for form, sharded in forms.items():
+                for mode, share in MODES.items():
+                    figures[form + mode] = _measure(sharded, arguments, count, share, "auto")
+                if arguments.expert_cache != "auto":
+                    kept = _measure(sharded, arguments, count, MODES["visited"], arguments.expert_cache)
+                    figures[form + KEPT] = kept
+                _say(count, figures, form, results["needed_bytes"][f"{form}model"])
             results["others_busy_cores"] = bystanders.busy_cores()
             if arguments.json:  # as far as it has come: a run may be cut short
                 write_json(arguments.json, results)
-    runs = results["sequences"].values()
-    is_equal = all(each["token_ids"] == run["whole"]["token_ids"] for run in runs for each in run.values())
+    is_equal = all(
+        each["token_ids"] == run[f"{_form(mode)}whole"]["token_ids"]
+        for run in results["sequences"].values()
+        for mode, each in run.items()
+    )
     print("tokens do not depend on the mode" if is_equal else "error: tokens depend on the mode")
     return 0 if is_equal else 1
 
@@ -96,6 +109,15 @@ def _shards(arguments: argparse.Namespace, root: Path) -> ShardedModel:
     del model
     gc.collect()
     return store.ensure("experts", source=root / "checkpoint")
+
+
+def _packed(arguments: argparse.Namespace, root: Path) -> ShardedModel:
+    """The same model with its layers packed."""
+    return ShardStore(root / "store").ensure("experts", form=StoredForm(quant=arguments.quant))
+
+
+def _form(mode: str) -> str:
+    return PACKED if mode.startswith(PACKED) else ""
 
 
 def _needed(sharded: ShardedModel, routed: int) -> int:
@@ -151,16 +173,16 @@ def _measure(
     }
 
 
-def _say(count: int, figures: dict[str, dict[str, Any]], needed: int) -> None:
-    whole, visited = figures["whole"], figures["visited"]
+def _say(count: int, figures: dict[str, dict[str, Any]], form: str, needed: int) -> None:
+    whole, visited = figures[f"{form}whole"], figures[f"{form}visited"]
     print(
-        f"{count:>3} sequences: whole layers {whole['s_per_sweep']:.3f} s a sweep, visited experts "
+        f"{count:>3} sequences: {form}whole layers {whole['s_per_sweep']:.3f} s a sweep, visited experts "
         f"{visited['s_per_sweep']:.3f} s ({whole['s_per_sweep'] / visited['s_per_sweep']:.2f} times as fast); it "
         f"reads {visited['disk_bytes_per_sweep'] / 1e6:.0f} MB in {visited['reading_share']:.0%} of its time, a token "
         f"needs {needed / 1e6:.0f} MB",
         flush=True,
     )
-    if (kept := figures.get(KEPT)) is not None:
+    if (kept := figures.get(form + KEPT)) is not None:
         hits = (kept["experts_in_vram"] + kept["experts_in_ram"]) / max(1, kept["experts_visited"])
         print(
             f"    experts kept: {kept['s_per_sweep']:.3f} s, {hits:.0%} of the visited ones were there; a sweep reads "
@@ -185,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--routed", type=int, default=2, help="(%(default)s)")
     add("--sequences", type=_counts, default="1,2,3,4,8", help="(%(default)s)")
     add("--sweeps", type=int, default=10, help="timed sweeps a figure (%(default)s)")
+    add("--quant", help="a packed format to measure as well, such as nf4; lossless needs --dtype bfloat16")
     add("--ram", default="0", help="the engine's RAM budget (%(default)s)")
     add("--expert-cache", default="auto", help="measure a share for experts as well, such as 100%% (%(default)s: no)")
     add("--vram", default="auto", help="the engine's VRAM budget on a GPU (%(default)s)")

@@ -26,7 +26,7 @@ from lamella_engine.disk_reader import DiskReader
 from lamella_engine.errors import DeviceError
 from lamella_engine.expert_cache import ExpertCache
 from lamella_engine.expert_fetch import ExpertFetch
-from lamella_engine.experts import ExpertBytes, find_experts, tell_when_routed
+from lamella_engine.experts import ExpertBytes, find_experts, tell_when_routed, waits_when_routed
 from lamella_engine.file_reads import ALIGNMENT, ReadStyle, ShardFile
 from lamella_engine.graph_recorder import CudaRecorder, Recorder
 from lamella_engine.host_memory import HostMemory
@@ -218,8 +218,9 @@ class _Opener:
         for binding in bindings:
             binding.prepare(self._machine.device)
         experts = self._find_experts(bindings)
+        waiting = self._find_waiting()
         placed = place_pieces(self._sharded, self._plan, tables.head, experts)
-        stream = self._open_stream(placed, bindings, loader)
+        stream = self._open_stream(placed, bindings, loader, waiting)
         self._resources.callback(stream.close)
         for number, (layer, own) in enumerate(zip(self._built.layers, experts, strict=True)):
             if own is not None and stream.fetches(number):
@@ -229,7 +230,9 @@ class _Opener:
             assert tables.head is not None, "place_pieces has found it"
             head = self._built.model.get_output_embeddings()
             head.forward = StreamedHead(head, tables.head, self._plan.head.num_blocks, len(bindings), stream, buffer)
-        weights = StreamedWeights(self._plan, bindings, stream, self._timeline, self._machine.recorder)
+        asking = {number for number, own in enumerate(experts) if own is not None and stream.fetches(number)}
+        recorder, unrecorded = self._machine.recorder, frozenset(asking | waiting)
+        weights = StreamedWeights(self._plan, bindings, stream, self._timeline, recorder, unrecorded)
         return SweepModel(self._sharded, self._built, weights, self._machine.device, self._kept)
 
     def keep(self) -> None:
@@ -248,7 +251,18 @@ class _Opener:
                 binding.await_experts(own.tensors)
         return found
 
-    def _open_stream(self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], loader: Loader) -> WeightStream:
+    def _find_waiting(self) -> frozenset[int]:
+        """Layers that cannot be recorded, because their experts wait for the routing; all where nothing is recorded."""
+        if self._machine.recorder is None:
+            return frozenset(range(len(self._built.layers)))
+        device, dtype = self._machine.device, self._built.model.dtype
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        found = (waits_when_routed(layer, dtype, capability) for layer in self._built.layers)
+        return frozenset(number for number, waits in enumerate(found) if waits)
+
+    def _open_stream(
+        self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], loader: Loader, waiting: frozenset[int]
+    ) -> WeightStream:
         reader = self._open_reader([place.piece for place in placed if place.tier is Tier.DISK])
         by_tier = {tier: [n for n, place in enumerate(placed) if place.tier is tier] for tier in Tier}
         device, make_transfer = self._machine.device, self._machine.make_transfer
@@ -276,7 +290,10 @@ class _Opener:
         slots = [DeviceSlot(key, buffer) for key, buffer in enumerate(buffers)]
         logger.info("%d of %d pieces stay on %s", len(on_device), len(placed), device)
         experts = self._open_experts(placed, transfer)
-        return DeviceStream(placed, Homes(on_device, in_ram), reader, slots, transfer, experts, self._timeline)
+        # Where it can be recorded a layer is expanded as a whole: a graph cannot ask which experts are wanted.
+        unexpanded = frozenset(staying) & waiting if keeps_packed else frozenset()
+        places = Homes(on_device, in_ram, unexpanded)
+        return DeviceStream(placed, places, reader, slots, transfer, experts, self._timeline)
 
     def _open_experts(self, placed: Sequence[PlacedPiece], transfer: Transfer | None) -> ExpertFetch:
         """The caches of experts that the plan has room for, nearest first."""

@@ -45,7 +45,8 @@ from lamella_engine.workspace import bytes_beside, gather_tokens
 class StreamedWeights:
     """Where the weights are, the layers' places for them, what brings them, and who is told of it.
 
-    `recorder` records what decoding layers launch; None where nothing is recorded.
+    `recorder` records what decoding layers launch, all but those of the layers `unrecorded`; None where nothing is
+    recorded.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class StreamedWeights:
     stream: WeightStream
     timeline: Timeline
     recorder: Recorder | None = None
+    unrecorded: frozenset[int] = frozenset()
 
 
 class SweepModel:
@@ -98,6 +100,7 @@ class SweepModel:
         self._slopes = None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=device)
         self._bindings = weights.bindings
         self._stream = weights.stream
+        self._unrecorded = weights.unrecorded
         self._gather_tokens = gather_tokens(plan.kv_bytes, plan.kv_tokens * len(built.layers))
         self._graphs = LayerGraphs(self.device, weights.recorder, self._gather_tokens)
         self._bucket: DecodeBucket | None = None
@@ -286,7 +289,7 @@ class SweepModel:
 
         def run_layer(*args: Any, **kwargs: Any) -> Any:
             slot = self._stream.acquire(index)
-            if self._bucket is None or self._stream.fetches(index):  # a graph could not ask for experts
+            if self._bucket is None or index in self._unrecorded:
                 binding.bind(slot)
                 result = forward(*args, **kwargs)
             else:

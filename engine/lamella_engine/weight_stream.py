@@ -33,8 +33,8 @@ Item = TypeVar("Item")
 class BoundSlot(NamedTuple):
     """A piece's bytes where they are computed: `tensor` is uint8, `key` names the buffer for caches of views.
 
-    `is_converted` says that the tensors in it have been brought to the compute dtype already, `is_sparse` that it came
-    without its experts.
+    `is_converted` says that the tensors in it have been brought to the compute dtype already, `is_sparse` that its
+    experts are still to come, or to be expanded.
     """
 
     key: tuple[str, int]
@@ -44,10 +44,14 @@ class BoundSlot(NamedTuple):
 
 
 class Homes(NamedTuple):
-    """What need not be read again, by number of its piece: buffers to compute from, and host memory to copy from."""
+    """What need not be read again, by number of its piece: buffers to compute from, and host memory to copy from.
+
+    Of the resident pieces `unexpanded` experts are expanded when tokens are routed to them, as if they came then.
+    """
 
     resident: Mapping[int, BoundSlot]
     in_ram: Mapping[int, torch.Tensor]
+    unexpanded: frozenset[int] = frozenset()
 
 
 class WeightStream(Protocol):
@@ -57,7 +61,7 @@ class WeightStream(Protocol):
         """The bytes of piece `number`, which must be the next one in sweep order, until `release`."""
 
     def fetches(self, number: int) -> bool:
-        """Whether piece `number` may come without its experts, which then have to be fetched."""
+        """Whether piece `number` may come without its experts, or with experts to expand: they have to be fetched."""
 
     def fetch(self, number: int, experts: Sequence[int]) -> Sequence[int]:
         """Bring what is missing of `experts` to the acquired piece `number`, before anything computed from here on.
@@ -189,6 +193,8 @@ class DeviceStream:
         self._placed = tuple(placed)
         self._resident = dict(homes.resident)
         self._in_ram = dict(homes.in_ram)
+        self._unexpanded = homes.unexpanded
+        self._expanded: set[int] = set()  # of the resident piece at hand
         self._reader = reader
         self._slots = tuple(slots)
         self._transfer = transfer
@@ -220,15 +226,24 @@ class DeviceStream:
             bound = BoundSlot(("slot", self._held.key), self._held.tensor, is_sparse=self._held.is_sparse)
             if self._held.is_sparse:
                 self._experts.begin(number)
+        elif number in self._unexpanded:
+            own = self._placed[number].piece.experts
+            bound = bound._replace(is_sparse=own is not None and own.is_sparse(self._tokens))
+            self._expanded.clear()
         self._transfer.begin_compute(number)
         return bound
 
     def fetches(self, number: int) -> bool:
         """See `WeightStream`."""
-        return number not in self._resident and self._placed[number].piece.experts is not None
+        is_moved = number not in self._resident
+        return (is_moved or number in self._unexpanded) and self._placed[number].piece.experts is not None
 
     def fetch(self, number: int, experts: Sequence[int]) -> Sequence[int]:
         """See `WeightStream`."""
+        if number in self._resident:
+            first = sorted(set(experts) - self._expanded)
+            self._expanded.update(first)
+            return first
         if self._held is None or not self._held.is_sparse:
             return ()
         slot = self._held.tensor
