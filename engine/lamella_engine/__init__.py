@@ -25,9 +25,9 @@ In the order data flows through them:
 - `disk_reader`, `transfer`, `experts`, `expert_share`, `expert_room`, `expert_cache`, `expert_fetch`, `weight_stream`,
   `binding`: what does not stay, from disk or RAM to the parameters that compute, in every sweep; of experts those that
   are visited, and those visited most are kept.
-- `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `streamed_head`, `sweep`: one pass over all
-  layers for all sequences together; `sequence_state`, `state_pool`, `prompt_step`, `stepwise`: the
-  same for families that keep states.
+- `packing`, `kv_cache`, `attention`, `layer_graphs`, `graph_recorder`, `recordable`, `streamed_head`, `sweep`: one pass
+  over all layers for all sequences together; `sequence_state`, `state_pool`, `prompt_step`, `stepwise`: the same for
+  families that keep states.
 - `grammar`, `tool_format`, `adjustments`, `sampler`, `text`, `detokenizer`: from logits to tokens to text, in a format
   where one is asked for.
 - `admission`, `sequence`, `scheduler`, `sweep_thread`, `outbox`, `engine`: who rides which sweep; `sequence_types` and

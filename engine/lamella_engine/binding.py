@@ -108,6 +108,12 @@ class LayerBinding:
         """Where a slot came without experts, leave `tensors`, of which they are entries, to `expand_experts`."""
         self._in_experts = frozenset(tensors)
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts in the compute dtype."""
+        pairs = zip(self._places, self._converted, strict=True)
+        return sum(spec.nbytes for place, spec in pairs if place.spec.name in self._in_experts)
+
     def use_buffer(self, buffer: torch.Tensor) -> None:
         """Convert what streams into `buffer` (uint8, at least `converted_bytes`), which other layers use, too."""
         self._expanded = [tensor_view(buffer, spec) for spec in self._converted]

@@ -103,13 +103,12 @@ def _unvisited(sizes: ModelSizes, place: LayerPlacement, tokens: int) -> int:
 
 
 def _read_bytes(sizes: ModelSizes, plan: Plan, place: LayerPlacement, tokens: int) -> int:
-    """Memory traffic of computing with a layer: no unvisited expert is read, or expanded if the layer came without."""
+    """Memory traffic of computing with a layer: no unvisited expert is read, or expanded where few are visited."""
     home = Tier.RAM if plan.vram is None else Tier.VRAM
     is_expanded = plan.keeps_packed or place.tier is not home
     nbytes = computed_bytes(sizes, place.nbytes, is_streamed=is_expanded)
     unvisited = _unvisited(sizes, place, tokens)
-    comes_without = place.tier is not home and moved_bytes(sizes, place, tokens) < place.nbytes
-    if comes_without:
+    if is_expanded and sizes.experts is not None and is_sparse(sizes.experts.count, sizes.experts.routed, tokens):
         unvisited = computed_bytes(sizes, unvisited, is_streamed=True)
     else:
         unvisited = math.ceil(unvisited * sizes.expansion)

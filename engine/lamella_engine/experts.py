@@ -26,8 +26,6 @@ Stored = TypeVar("Stored", TensorSpec, TensorShape)
 Range = tuple[int, int]
 Fetch = Callable[[Sequence[int]], None]
 
-_GROUPED_KERNEL = (9, 10)  # major compute capabilities for which torch has one, of bfloat16 alone
-
 
 @dataclass(frozen=True)
 class ExpertBytes:
@@ -120,25 +118,6 @@ def tell_when_routed(layer: nn.Module, experts: ExpertBytes, fetch: Fetch) -> No
         fetch(_visited(indices, experts.count))
 
     module.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def waits_when_routed(layer: nn.Module, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
-    """Whether the experts of `layer` make the host wait for their routing, so that nothing of it can be recorded.
-
-    By default transformers multiplies by torch's grouped product. Its kernel leaves the groups' ends on the device;
-    where it is missing, torch or transformers copy them to the host.
-
-    Args:
-        layer: one of the model's.
-        dtype: that it computes in.
-        capability: of the CUDA device that it computes on; None where it computes elsewhere.
-    """
-    owners = [module for module in layer.modules() if hasattr(module, "_is_expert_parallel")]
-    if capability is None or not owners:
-        return False
-    ways = {str(getattr(getattr(module, "config", None), "_experts_implementation", None)) for module in owners}
-    has_kernel = dtype is torch.bfloat16 and capability[0] in _GROUPED_KERNEL
-    return "eager" in ways or ("grouped_mm" in ways and not has_kernel)
 
 
 def _entry_bytes(spec: TensorSpec, count: int) -> Iterator[Range]:

@@ -26,7 +26,7 @@ from lamella_engine.disk_reader import DiskReader
 from lamella_engine.errors import DeviceError
 from lamella_engine.expert_cache import ExpertCache
 from lamella_engine.expert_fetch import ExpertFetch
-from lamella_engine.experts import ExpertBytes, find_experts, tell_when_routed, waits_when_routed
+from lamella_engine.experts import ExpertBytes, find_experts, tell_when_routed
 from lamella_engine.file_reads import ALIGNMENT, ReadStyle, ShardFile
 from lamella_engine.graph_recorder import CudaRecorder, Recorder
 from lamella_engine.host_memory import HostMemory
@@ -40,6 +40,7 @@ from lamella_engine.placement import Bandwidths, Plan, Tier
 from lamella_engine.plan_facts import plan_facts
 from lamella_engine.planner import PlanRequest, make_plan
 from lamella_engine.ram_tier import RamTier
+from lamella_engine.recordable import find_unrecorded
 from lamella_engine.resident import find_tables, materialise_root
 from lamella_engine.shard import ShardedModel, TensorSpec
 from lamella_engine.streamed_head import StreamedHead
@@ -218,9 +219,9 @@ class _Opener:
         for binding in bindings:
             binding.prepare(self._machine.device)
         experts = self._find_experts(bindings)
-        waiting = self._find_waiting()
+        unrecorded = self._find_unrecorded(experts, bindings)
         placed = place_pieces(self._sharded, self._plan, tables.head, experts)
-        stream = self._open_stream(placed, bindings, loader, waiting)
+        stream = self._open_stream(placed, bindings, loader, unrecorded)
         self._resources.callback(stream.close)
         for number, (layer, own) in enumerate(zip(self._built.layers, experts, strict=True)):
             if own is not None and stream.fetches(number):
@@ -231,8 +232,8 @@ class _Opener:
             head = self._built.model.get_output_embeddings()
             head.forward = StreamedHead(head, tables.head, self._plan.head.num_blocks, len(bindings), stream, buffer)
         asking = {number for number, own in enumerate(experts) if own is not None and stream.fetches(number)}
-        recorder, unrecorded = self._machine.recorder, frozenset(asking | waiting)
-        weights = StreamedWeights(self._plan, bindings, stream, self._timeline, recorder, unrecorded)
+        recorder = self._machine.recorder
+        weights = StreamedWeights(self._plan, bindings, stream, self._timeline, recorder, unrecorded | asking)
         return SweepModel(self._sharded, self._built, weights, self._machine.device, self._kept)
 
     def keep(self) -> None:
@@ -251,17 +252,16 @@ class _Opener:
                 binding.await_experts(own.tensors)
         return found
 
-    def _find_waiting(self) -> frozenset[int]:
-        """Layers that cannot be recorded, because their experts wait for the routing; all where nothing is recorded."""
+    def _find_unrecorded(self, experts: Sequence[ExpertBytes | None], bindings: list[LayerBinding]) -> frozenset[int]:
+        """Layers that are launched kernel by kernel because of their experts; all where nothing is recorded."""
         if self._machine.recorder is None:
-            return frozenset(range(len(self._built.layers)))
-        device, dtype = self._machine.device, self._built.model.dtype
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        found = (waits_when_routed(layer, dtype, capability) for layer in self._built.layers)
-        return frozenset(number for number, waits in enumerate(found) if waits)
+            return frozenset(range(len(experts)))
+        expanded = [binding.expert_bytes if self._plan.keeps_packed else 0 for binding in bindings]
+        device, memory = self._machine.device, self._machine.bandwidths.device_memory
+        return find_unrecorded(self._built.layers, experts, expanded, device, self._built.model.dtype, memory)
 
     def _open_stream(
-        self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], loader: Loader, waiting: frozenset[int]
+        self, placed: Sequence[PlacedPiece], bindings: list[LayerBinding], loader: Loader, unrecorded: frozenset[int]
     ) -> WeightStream:
         reader = self._open_reader([place.piece for place in placed if place.tier is Tier.DISK])
         by_tier = {tier: [n for n, place in enumerate(placed) if place.tier is tier] for tier in Tier}
@@ -291,7 +291,7 @@ class _Opener:
         logger.info("%d of %d pieces stay on %s", len(on_device), len(placed), device)
         experts = self._open_experts(placed, transfer)
         # Where it can be recorded a layer is expanded as a whole: a graph cannot ask which experts are wanted.
-        unexpanded = frozenset(staying) & waiting if keeps_packed else frozenset()
+        unexpanded = frozenset(staying) & unrecorded if keeps_packed else frozenset()
         places = Homes(on_device, in_ram, unexpanded)
         return DeviceStream(placed, places, reader, slots, transfer, experts, self._timeline)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from benchmarks.slow_machine import MACHINES, slow_machine
 from lamella_engine import Engine, EngineOptions, Sampling, ShardStore, architecture
 from lamella_engine.binding import LayerBinding
 from lamella_engine.estimate import predict
-from lamella_engine.experts import ExpertBytes, find_experts, waits_when_routed
+from lamella_engine.experts import ExpertBytes, find_experts
 from lamella_engine.file_reads import ALIGNMENT, ShardFile
 from lamella_engine.formats import FORMATS, find_format
 from lamella_engine.model_sizes import sizes_of_sharded
@@ -350,36 +350,3 @@ def test_a_prediction_counts_only_visited_experts_as_moved_and_expanded(vram: in
     assert many.lanes.disk * lanes.disk == pytest.approx(few.lanes.disk * lanes.disk + saved)
     read_less = (many.lanes.memory - few.lanes.memory) * lanes.device_memory
     assert read_less > 0.99 * saved * (1 + 2 * sizes.expansion)
-
-
-@pytest.mark.parametrize(
-    ("way", "dtype", "capability", "waits"),
-    [
-        ("grouped_mm", torch.bfloat16, (9, 0), False),
-        ("grouped_mm", torch.bfloat16, (10, 0), False),
-        ("grouped_mm", torch.float32, (9, 0), True),
-        ("grouped_mm", torch.float16, (9, 0), True),
-        ("grouped_mm", torch.bfloat16, (8, 6), True),
-        ("batched_mm", torch.float32, (6, 1), False),
-        ("eager", torch.bfloat16, (9, 0), True),
-        ("grouped_mm", torch.float32, None, False),
-    ],
-)
-def test_layers_whose_experts_wait_for_their_routing_are_known_before_they_are_recorded(
-    way: str, dtype: torch.dtype, capability: tuple[int, int] | None, waits: bool
-) -> None:
-    config = AutoConfig.for_model("mixtral", **{**tiny_models.FAMILIES["mixtral"], **SHAPE})
-    built = architecture.build(config, dtype)
-    built.model.set_experts_implementation(way)
-    dense = architecture.build(AutoConfig.for_model("llama", **tiny_models.FAMILIES["llama"]), dtype)
-
-    assert waits_when_routed(built.layers[0], dtype, capability) == waits
-    assert not waits_when_routed(dense.layers[0], dtype, capability)
-
-
-def test_transformers_multiplies_experts_by_the_grouped_product_unless_told_otherwise() -> None:
-    config = AutoConfig.for_model("mixtral", **{**tiny_models.FAMILIES["mixtral"], **SHAPE})
-
-    built = architecture.build(config, torch.float32)
-
-    assert built.model.config._experts_implementation == "grouped_mm"
