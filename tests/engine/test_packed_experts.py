@@ -231,7 +231,8 @@ def test_packed_experts_are_kept_between_sweeps(
 
     for entries in (kept, (0, 0)):
         with open_at(sharded, home, entries) as engine:
-            if entries == kept:  # which are gathered first
+            generate(engine, [5], TEN)  # what is read ahead of a first sweep comes whole
+            if entries == kept:
                 alone(engine)
             before = engine.counters()
             assert alone(engine) == expected
