@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lamella_engine import Engine, EngineOptions, ShardStore
-from lamella_engine.errors import PlanError
-from lamella_engine.placement import Tier
+from lamella_engine.model_sizes import sizes_of_sharded
+from lamella_engine.open_model import built_for, open_sweep_model
+from lamella_engine.placement import ExpertRoom, Tier
+from lamella_engine.reserve import device_bytes
 from lamella_engine.shard import ShardedModel
 from lamella_engine.stored_form import StoredForm
 from tests import tiny_models
@@ -31,7 +33,6 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda", 0)
-MIB = 1024**2
 CASES = [
     ("mixtral", "nf4"),
     ("mixtral", "lossless"),
@@ -105,11 +106,8 @@ def test_tokens_are_those_of_the_expanded_weights_and_only_visited_experts_are_m
 @pytest.mark.parametrize("quant", ["nf4", "lossless"])
 def test_packed_experts_are_kept_on_the_card(quant: str, place: str, models: Callable[[str, str], Model]) -> None:
     sharded, expected = models("mixtral", quant)
-    options = dataclasses.replace(options_for(sharded, place), expert_cache="100%")
-    vram = smallest_vram(sharded, options) + 24 * MIB
 
-    with Engine.open_sharded(sharded, CUDA, dataclasses.replace(options, vram=vram)) as engine:
-        assert engine.plan.experts.vram_bytes > 0
+    with open_with_room(sharded, options_for(sharded, place), 9) as engine:
         alone(engine)
         before = engine.counters()
         assert alone(engine) == expected
@@ -117,12 +115,21 @@ def test_packed_experts_are_kept_on_the_card(quant: str, place: str, models: Cal
         assert together(engine) == expected
 
     assert after.experts_in_vram > before.experts_in_vram
+    assert (after.experts_in_ram > before.experts_in_ram) == (place == "disk")
 
 
-def smallest_vram(sharded: ShardedModel, options: EngineOptions) -> int:
-    with pytest.raises(PlanError) as refused:
-        Engine.open_sharded(sharded, CUDA, dataclasses.replace(options, vram=1))
-    return 1 + refused.value.missing_bytes
+def open_with_room(sharded: ShardedModel, options: EngineOptions, entries: int) -> Engine:
+    """The smallest engine there can be, with room for so many experts on the card; for layers on disk thrice in RAM."""
+    with open_smallest(sharded, options) as engine:
+        plan = engine.plan
+    sizes = sizes_of_sharded(sharded, built_for(sharded, options, CUDA))
+    assert sizes.experts is not None
+    assert plan.vram is not None
+    entry = max(sizes.experts.layers) // sizes.experts.count
+    room = ExpertRoom(entry, entries * entry, 3 * entries * entry if options.ram == 0 else 0)
+    vram = dataclasses.replace(plan.vram, budget=plan.vram.budget + device_bytes(room.vram_bytes))
+    plan = dataclasses.replace(plan, experts=room, vram=vram)
+    return Engine(open_sweep_model(sharded, options, CUDA, None, plan), None, options)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
@@ -138,7 +145,7 @@ def test_layers_that_stay_packed_expand_what_is_visited(quant: str, models: Call
 
 def test_a_mixture_that_cannot_be_recorded_leaves_no_memory_behind(models: Callable[[str, str], Model]) -> None:
     sharded, expected = models("mixtral", "nf4")
-    options = dataclasses.replace(options_for(sharded, "ram"), ram="auto")
+    options = options_for(sharded, "ram")
     generate_and_close(sharded, options)  # what libraries and kernels keep for the process
     before = reserved()
 
