@@ -91,7 +91,7 @@ versions: $(DEV_STAMP)  ## the engine's tests on the oldest and the newest trans
 
 compat: $(DEV_STAMP)  ## the gateway's tests with litellm, which wants an environment of its own
 	@test -x $(VENV)-litellm/bin/python || $(BIN)/python -m venv $(VENV)-litellm
-	@$(VENV)-litellm/bin/python -m pip install -q --disable-pip-version-check "litellm>=1.80"
+	@$(VENV)-litellm/bin/python -m pip install -q --disable-pip-version-check -c tests/gateway/litellm_constraints.txt litellm
 	@LITELLM_PYTHON=$(abspath $(VENV))-litellm/bin/python $(BIN)/python -m pytest tests/gateway/test_litellm.py
 
 docs: $(DEV_STAMP)  ## write the reference pages and build the site into dist/site; any link that leads nowhere fails
