@@ -50,12 +50,13 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor as it lies in a buffer: `plain`, or if it is packed the `parts` that `format` expands."""
+    """A tensor as it lies in a buffer: `plain`, or if it is packed the `parts` that `format` expands, or `strips`."""
 
     shape: tuple[int, ...]
     plain: torch.Tensor
     format: Format | None = None
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    strips: tuple[_Stored, ...] = ()
 
     @classmethod
     def of(cls, data: torch.Tensor, spec: TensorSpec) -> _Stored:
@@ -63,7 +64,8 @@ class _Stored:
         if spec.packed is None:
             return cls(spec.shape, tensor_view(data, spec))
         parts = {part.name: tensor_view(data, part) for part in spec.packed.parts}
-        return cls(spec.shape, data, find_format(spec.packed.format), parts)
+        strips = tuple(cls.of(data, strip) for strip in spec.packed.strips)
+        return cls(spec.shape, data, find_format(spec.packed.format), parts, strips)
 
     def empty(self, dtype: torch.dtype) -> torch.Tensor:
         """Room for it, expanded."""
@@ -73,6 +75,11 @@ class _Stored:
         """Write it to `target`, in the type and on the device of that."""
         if self.format is None:
             target.copy_(self.plain)
+        elif self.strips:
+            for strip, rows in zip(
+                self.strips, torch.split(target, [each.shape[0] for each in self.strips]), strict=True
+            ):
+                strip.expand_into(rows)
         else:
             self.format.decode({suffix: part.to(target.device) for suffix, part in self.parts.items()}, target)
 

@@ -6,18 +6,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from lamella_engine import in_place
 from lamella_engine.convert import ModelPlan, ShardPlan
+from lamella_engine.errors import OptionError
+from lamella_engine.formats import CALIBRATED_FORMATS
 from lamella_engine.in_place import PlacedLayer, find_layer
 from lamella_engine.manifest import layer_file, original_file
 from lamella_engine.packed_shard import Packing
 from lamella_engine.quant_mix import SizeTarget
-from lamella_engine.quant_spec import QuantSpec, TensorName
+from lamella_engine.quant_spec import CALIBRATED, QuantSpec, TensorName
 from lamella_engine.shard_writer import ShardLayout, lay_out, size_of
 from lamella_engine.weight_source import SourceKind, WeightSource
 
@@ -42,9 +46,9 @@ class BuildRequest:
     quant: QuantSpec | SizeTarget | None = None
     quant_device: torch.device = CPU
 
-    def packing(self, layer: int | None) -> Packing | None:
+    def packing(self, layer: int | None, tied: Mapping[str, str] = MappingProxyType({})) -> Packing | None:
         """How the tensors of a layer are packed, or those outside the layers; None if they are not."""
-        return Packing(self.quant, layer, self.quant_device) if isinstance(self.quant, QuantSpec) else None
+        return Packing(self.quant, layer, self.quant_device, tied=tied) if isinstance(self.quant, QuantSpec) else None
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,21 @@ def plan_shard(file: str, plan: ShardPlan, packing: Packing | None) -> PlannedSh
     Raises:
         OptionError: a format does not take a tensor that it is to pack.
     """
-    tensors = plan.tensors if packing is None else packing.most(plan.tensors)
-    return PlannedShard(file, plan, lay_out(tensors), packing=packing)
+    if packing is None:
+        return PlannedShard(file, plan, lay_out(plan.tensors))
+    tensors = packing.most(plan.tensors)
+    keeps_order = packing.layer is None and len(tensors) > len(plan.tensors)
+    return PlannedShard(file, plan, lay_out(tensors, keeps_order=keeps_order), packing=packing)
 
 
 def check_quant(quant: QuantSpec, plan: ModelPlan) -> None:
-    """Refuse a specification that names what the model does not have."""
+    """Refuse a specification that names what the model does not have, or calibrates no layer."""
     layers = ((index, tensor) for index, layer in enumerate(plan.layers) for tensor in layer.tensors)
     names = [TensorName(tensor.name, tensor.shape, index) for index, tensor in layers]
-    quant.check_against([*(TensorName(tensor.name, tensor.shape) for tensor in plan.root.tensors), *names])
+    root = [TensorName(tensor.name, tensor.shape, None, plan.tied.get(tensor.name)) for tensor in plan.root.tensors]
+    quant.check_against([*root, *names])
+    if quant.calibration is not None and not any(quant.is_calibrated(quant.format_for(name)) for name in names):
+        raise OptionError(
+            "quant: codes are calibrated for matrices inside the layers, and none of those is packed as "
+            f"{' or '.join(CALIBRATED_FORMATS)}; leave {CALIBRATED!r} out"
+        )

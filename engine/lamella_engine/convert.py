@@ -13,14 +13,14 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from lamella_engine.architecture import Architecture
+from lamella_engine.architecture import Architecture, table_names
 from lamella_engine.errors import CheckpointError, UnsupportedModel
 from lamella_engine.safetensors_header import TensorEntry
 from lamella_engine.weight_source import Conversion, TensorShape
@@ -53,12 +53,14 @@ class ShardPlan:
 class ModelPlan:
     """Everything that has to be converted: the root and one shard per layer.
 
-    `is_untied` says that the checkpoint stores a head of its own, though the config ties it to the embedding.
+    `is_untied` says that the checkpoint stores a head of its own, though the config ties it to the embedding. `tied`
+    has, by the name that a table is stored under, the other name that it goes by.
     """
 
     root: ShardPlan
     layers: tuple[ShardPlan, ...]
     is_untied: bool
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,20 @@ def _by_shard(built: Architecture, conversions: list[Conversion], is_untied: boo
     layers = tuple(
         ShardPlan(f"{built.layers_path}.{index}.", tuple(shards[index])) for index in range(len(built.layers))
     )
-    return ModelPlan(ShardPlan("", tuple(shards[None])), layers, is_untied)
+    root = ShardPlan("", tuple(shards[None]))
+    return ModelPlan(root, layers, is_untied, _other_names(built, {tensor.name for tensor in root.tensors}))
+
+
+def _other_names(built: Architecture, stored: set[str]) -> dict[str, str]:
+    """By the name that the head or the embedding is stored under, that of the other where they are one tensor."""
+    names = table_names(built)
+    embedding, head = names
+    tied: dict[str, str] = built.model.all_tied_weights_keys
+    if embedding is None or head is None or len(stored.intersection(names)) != 1:
+        return {}
+    if tied.get(head) != embedding and tied.get(embedding) != head:
+        return {}
+    return {embedding: head} if embedding in stored else {head: embedding}
 
 
 def _on_meta(entry: TensorEntry) -> torch.Tensor:

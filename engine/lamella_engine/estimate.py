@@ -10,7 +10,7 @@ launch overhead and the waits of a real machine are not in it: it is the limit t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lamella_engine.expert_share import is_sparse, visited_share
 from lamella_engine.placement import Bandwidths, LayerPlacement, ModelSizes, Plan, Tier
@@ -74,6 +74,23 @@ def free_tokens(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths) -> int:
 def root_expansion(sizes: ModelSizes) -> float:
     """Bytes in the compute dtype per stored byte outside the layers."""
     return sizes.expansion if sizes.root_expansion is None else sizes.root_expansion
+
+
+def head_computed(sizes: ModelSizes) -> int:
+    """Bytes of the head in the compute dtype."""
+    return math.ceil(sizes.head_bytes * root_expansion(sizes)) if sizes.tables is None else sizes.tables.head
+
+
+def other_computed(sizes: ModelSizes) -> int:
+    """Bytes of what is neither layer nor table in the compute dtype."""
+    return math.ceil(sizes.other * root_expansion(sizes)) if sizes.tables is None else sizes.tables.other
+
+
+def _head_traffic(sizes: ModelSizes, plan: Plan) -> int:
+    """As `computed_bytes`, of the head."""
+    if not plan.head.num_blocks or (not sizes.is_head_packed and root_expansion(sizes) == 1):
+        return plan.head.nbytes
+    return plan.head.nbytes + 2 * head_computed(sizes)
 
 
 def computed_bytes(sizes: ModelSizes, nbytes: int, *, is_streamed: bool) -> int:
@@ -142,9 +159,7 @@ def _lanes(sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, tokens: int) -
     moved = max(0, on_disk + in_ram - from_vram)
     on_disk = max(0, on_disk - from_ram - from_vram * on_disk // max(1, on_disk + in_ram))
     read = sum(_read_bytes(sizes, plan, place, tokens) for place in plan.layers)
-    root = replace(sizes, expansion=root_expansion(sizes))
-    read += computed_bytes(root, plan.head.nbytes, is_streamed=plan.head.num_blocks > 0)
-    read += math.ceil(sizes.other * root.expansion)
+    read += _head_traffic(sizes, plan) + other_computed(sizes)
     return LaneSeconds(
         disk=on_disk / bandwidths.disk,
         bus=0.0 if plan.vram is None else moved / bandwidths.h2d,

@@ -26,11 +26,12 @@ class Loader:
     """Reads pieces for good; not thread-safe.
 
     Attributes:
+        device: where what is computed with goes.
         tier: the RAM tier, closed by its owner.
     """
 
     def __init__(self, device: torch.device, tier: RamTier, style: ReadStyle) -> None:
-        self._device = device
+        self.device = device
         self.tier = tier
         self._style = style
 
@@ -92,11 +93,12 @@ class Loader:
             ShardError: it cannot be read.
         """
         piece = tensor_piece(root, spec)
-        binding = LayerBinding(model, (replace(spec, offset=0),))
-        if self._device.type == "cpu":
+        binding = LayerBinding(model, (spec.moved(-spec.offset),))
+        binding.prepare(self.device)
+        if self.device.type == "cpu":
             slot = self.to_ram_converted(spec.offset, piece, binding, dtype)
         else:
-            target = torch.empty(resident_bytes(piece, binding), dtype=torch.uint8, device=self._device)
+            target = torch.empty(resident_bytes(piece, binding), dtype=torch.uint8, device=self.device)
             slot = self.to_device(spec.offset, piece, binding, target)
         binding.bind(slot)
 

@@ -6,6 +6,7 @@ Owns the way from tensors and config values to `ModelSizes`. Neighbours: `model_
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from transformers import PretrainedConfig
@@ -17,7 +18,7 @@ from lamella_engine.experts import expert_tensors
 from lamella_engine.kv_shape import attention_width, context_tokens, kv_bytes_per_token, whole
 from lamella_engine.model_source import ModelContents, ModelSource, ShardContents, torch_dtype
 from lamella_engine.model_traits import EXPERT_COUNTS, ROUTED_COUNTS, first_whole
-from lamella_engine.placement import ExpertSizes, ModelSizes
+from lamella_engine.placement import ExpertSizes, ModelSizes, PackedTables
 from lamella_engine.shard import TENSOR_ALIGNMENT, ShardedModel
 from lamella_engine.shard_writer import size_of
 from lamella_engine.state_pool import unit_bytes
@@ -58,7 +59,10 @@ def _sizes(
 ) -> ModelSizes:
     text = tree.config
     embedding, head = _tables(tree, contents.root)
-    table_bytes, head_bytes = (0 if tensor is None else size_of(tensor) for tensor in (embedding, head))
+    spans = {spec.name: spec.span for spec in contents.root.specs}
+    table_bytes, head_bytes = (
+        0 if tensor is None else spans.get(tensor.name, size_of(tensor)) for tensor in (embedding, head)
+    )
     is_tied = head is None and tree.model.get_output_embeddings() is not None
     multiplied = embedding if is_tied else head
     return ModelSizes(
@@ -85,7 +89,30 @@ def _sizes(
         experts=_experts(contents.layers, tree),
         root_expansion=dtype.itemsize / stored.itemsize if contents.is_packed else None,
         computed=_computed_layers(contents.layers, tree) if contents.is_packed else (),
+        tables=_packed_tables(contents.root, tree, (embedding, head), multiplied),
     )
+
+
+def _packed_tables(
+    root: ShardContents, tree: Architecture, tables: Sequence[TensorShape | None], head: TensorShape | None
+) -> PackedTables | None:
+    """What the planner has to know of what lies outside the layers; None where nothing of it is packed."""
+    if not root.packed:
+        return None
+    native = tree.model.state_dict()
+    computed = {tensor.name: _computed_bytes(tensor, native.get(tensor.name)) for tensor in root.tensors}
+    other = sum(nbytes for name, nbytes in computed.items() if name not in [table.name for table in tables if table])
+    if head is None:
+        return PackedTables(0, other)
+    spec = next(spec for spec in root.specs if spec.name == head.name)
+    strips = () if spec.packed is None else spec.packed.strips
+    if not strips:
+        return PackedTables(computed[head.name], other)
+    ends = [*(strip.offset for strip in strips[1:]), spec.end]
+    largest = max(end - strip.offset for strip, end in zip(strips, ends, strict=True))
+    numbers = max(math.prod(strip.shape) for strip in strips)
+    width = computed[head.name] // _numbers(head)
+    return PackedTables(computed[head.name], other, len(strips), largest, numbers * width)
 
 
 def _experts(layers: tuple[ShardContents, ...], tree: Architecture) -> ExpertSizes | None:

@@ -18,7 +18,7 @@ from lamella_engine.architecture import Architecture
 from lamella_engine.errors import ModelNotFound, UnsupportedModel
 from lamella_engine.names import check_model_name, is_model_name
 from lamella_engine.open_source import open_source
-from lamella_engine.shard import Shard
+from lamella_engine.shard import Shard, TensorSpec
 from lamella_engine.shard_check import read_shards
 from lamella_engine.shard_store import ShardStore
 from lamella_engine.shard_writer import lay_out, size_of
@@ -29,12 +29,13 @@ from lamella_engine.weight_source import TensorShape, WeightSource
 class ShardContents:
     """One shard, built or to be built: bytes of its data, padding included, and its tensors as they expand to.
 
-    `packed` has the bytes of those that are stored packed, by name.
+    `packed` has the bytes of those that are stored packed, by name; `specs` says where they lie in a built one.
     """
 
     nbytes: int
     tensors: tuple[TensorShape, ...]
     packed: Mapping[str, int] = field(default_factory=dict)
+    specs: tuple[TensorSpec, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -54,7 +55,8 @@ class ShardContents:
     def of_shard(cls, shard: Shard) -> ShardContents:
         """What a built shard holds."""
         tensors = tuple(TensorShape(spec.name, spec.dtype, spec.shape) for spec in shard.tensors)
-        return cls(shard.nbytes, tensors, {spec.name: spec.nbytes for spec in shard.tensors if spec.packed is not None})
+        packed = {spec.name: spec.nbytes for spec in shard.tensors if spec.packed is not None}
+        return cls(shard.nbytes, tensors, packed, shard.tensors)
 
     @classmethod
     def planned(cls, tensors: Iterable[TensorShape]) -> ShardContents:

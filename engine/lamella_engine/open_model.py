@@ -41,9 +41,9 @@ from lamella_engine.plan_facts import plan_facts
 from lamella_engine.planner import PlanRequest, make_plan
 from lamella_engine.ram_tier import RamTier
 from lamella_engine.recordable import find_unrecorded
-from lamella_engine.resident import find_tables, materialise_root
+from lamella_engine.resident import find_tables, look_up_rows, materialise_root
 from lamella_engine.shard import ShardedModel, TensorSpec
-from lamella_engine.streamed_head import StreamedHead
+from lamella_engine.streamed_head import StreamedHead, conversion_bytes
 from lamella_engine.sweep import StreamedWeights, SweepModel
 from lamella_engine.timeline import Timeline
 from lamella_engine.transfer import CudaTransfer, DeviceSlot, Transfer
@@ -207,11 +207,12 @@ class _Opener:
         self._resources = resources
         self._is_pinned = machine.device.type == "cuda"
         self._kept = ExitStack()
+        self._packed_head: torch.Tensor | None = None  # where it stays on the device
 
     def open(self, tier: RamTier) -> SweepModel:
         loader = Loader(self._machine.device, tier, self._machine.style)
         tables = find_tables(self._built, self._sharded.root.tensors)
-        materialise_root(self._built, self._sharded.root, self._plan, self._machine.device, loader, self._timeline)
+        materialise_root(self._built, self._sharded.root, self._plan, self._machine.device, loader)
         bindings = [
             LayerBinding(layer, shard.tensors)
             for layer, shard in zip(self._built.layers, self._sharded.layers, strict=True)
@@ -227,6 +228,7 @@ class _Opener:
             if own is not None and stream.fetches(number):
                 tell_when_routed(layer, own, partial(_bring, stream, bindings[number], number))
         buffer = self._conversion_buffer(placed, bindings, tables.head)
+        look_up_rows(self._built, self._sharded.root, self._plan, loader, self._timeline, self._packed_head)
         if self._plan.head.num_blocks:
             assert tables.head is not None, "place_pieces has found it"
             head = self._built.model.get_output_embeddings()
@@ -274,16 +276,19 @@ class _Opener:
             return HostStream(placed, resident, reader, self._open_experts(placed, None), self._timeline)
         transfer = make_transfer([place.piece.name for place in placed])
         staying = by_tier[Tier.VRAM]
-        keeps_packed = self._plan.keeps_packed
+        # What stays packed has nothing to be expanded by when it is brought: all layers do, or none; the head does.
+        own = {} if self._plan.keeps_packed else dict(enumerate(bindings))
         sizes = [
-            placed[number].piece.nbytes if keeps_packed else resident_bytes(placed[number].piece, bindings[number])
+            resident_bytes(placed[number].piece, own[number]) if number in own else placed[number].piece.nbytes
             for number in staying
         ]
         homes = _split(sizes, self._empty)
         on_device: dict[int, BoundSlot] = {
-            number: loader.to_device(number, placed[number].piece, None if keeps_packed else bindings[number], home)
+            number: loader.to_device(number, placed[number].piece, own.get(number), home)
             for number, home in zip(staying, homes, strict=True)
         }
+        if len(bindings) in on_device:  # one block, the whole head
+            self._packed_head = on_device[len(bindings)].tensor
         in_ram = {number: loader.to_ram(placed[number].piece) for number in by_tier[Tier.RAM]}
         count = min(self._plan.device_slots, len(placed) - len(on_device))
         buffers = _split([self._plan.slot_bytes] * count, transfer.allocate)
@@ -341,9 +346,9 @@ class _Opener:
         ]
         dtype = self._built.model.dtype
         sizes = [binding.converted_bytes for binding in streamed]
-        if self._plan.head.num_blocks and head is not None and TORCH_DTYPES[head.dtype] != dtype:
-            rows = -(-head.shape[0] // self._plan.head.num_blocks)
-            sizes.append(rows * head.shape[1] * dtype.itemsize)
+        if self._plan.head.num_blocks and head is not None:
+            sizes.append(conversion_bytes(head, self._plan.head.num_blocks, dtype))
+            sizes = [nbytes for nbytes in sizes if nbytes]
         if not sizes:
             return None
         buffer = self._empty(max(sizes))

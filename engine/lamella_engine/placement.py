@@ -31,6 +31,25 @@ class ExpertSizes:
 
 
 @dataclass(frozen=True)
+class PackedTables:
+    """What lies outside the layers, where some of it is packed.
+
+    Attributes:
+        head: bytes of the head's weight in the compute dtype, its own or the embedding table's.
+        other: bytes in the compute dtype of everything that is neither head nor embedding table.
+        num_strips: strips that the head is packed in; 0 where it is not packed.
+        strip: bytes of the largest strip as it is stored.
+        strip_computed: bytes of the largest strip in the compute dtype.
+    """
+
+    head: int
+    other: int
+    num_strips: int = 0
+    strip: int = 0
+    strip_computed: int = 0
+
+
+@dataclass(frozen=True)
 class ModelSizes:
     """A model in figures, all the planner needs to know of it; bytes as stored in the shards.
 
@@ -53,6 +72,7 @@ class ModelSizes:
         experts: None for a dense model.
         root_expansion: as `expansion`, for what lies outside the layers; None means the same.
         computed: bytes of each layer in the compute dtype, where some are packed; else empty.
+        tables: what lies outside the layers, where some of it is packed.
     """
 
     name: str
@@ -78,6 +98,27 @@ class ModelSizes:
     experts: ExpertSizes | None = None
     root_expansion: float | None = None
     computed: tuple[int, ...] = ()
+    tables: PackedTables | None = None
+
+    @property
+    def is_head_packed(self) -> bool:
+        """The head is stored in fewer bytes than it computes in."""
+        return self.tables is not None and self.tables.num_strips > 0
+
+    @property
+    def head_unit(self) -> int:
+        """Bytes of the least of the head that can pass the device alone: a row, or a packed strip."""
+        return self.tables.strip if self.tables and self.is_head_packed else -(-self.head_bytes // self.vocabulary)
+
+    @property
+    def head_units(self) -> int:
+        """How many of these the head has."""
+        return self.tables.num_strips if self.tables and self.is_head_packed else self.vocabulary
+
+    @property
+    def strip_computed(self) -> int:
+        """Bytes of the least of a packed head that can be expanded, expanded; 0 where the head is not packed."""
+        return 0 if self.tables is None else self.tables.strip_computed
 
     @property
     def is_packed(self) -> bool:
@@ -107,7 +148,8 @@ class LayerPlacement:
 class HeadPlacement:
     """The output head: where its bytes wait, and in how many row blocks it passes a slot where they are not resident.
 
-    `num_blocks` is 0 where the head is on the compute device for good.
+    `num_blocks` is 0 where the head is on the compute device for good, ready to compute with. A block that stays there
+    is packed, and expanded in every sweep.
     """
 
     nbytes: int
@@ -182,7 +224,7 @@ class Plan:
     keeps_packed: bool = False
 
     def layer_bytes(self, tier: Tier) -> int:
-        """Bytes of the layers, and of a streamed head, that wait in `tier`."""
+        """Bytes of the layers, and of a head in blocks, that wait in `tier`."""
         head = self.head.nbytes if self.head.num_blocks and self.head.tier is tier else 0
         return head + sum(place.nbytes for place in self.layers if place.tier is tier)
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 from lamella_engine.byte_size import byte_size
 from lamella_engine.errors import OptionError, PlanError
-from lamella_engine.estimate import free_tokens, predict, root_expansion
+from lamella_engine.estimate import free_tokens, head_computed, other_computed, predict, root_expansion
 from lamella_engine.expert_room import kept_back, with_expert_room
 from lamella_engine.placement import (
     Bandwidths,
@@ -77,11 +78,19 @@ class PlanRequest:
             raise OptionError(f"device {self.device} and a device budget of {self.vram} do not go together")
 
 
+class _Head(Enum):
+    """How the head is on the compute device: ready to compute with, packed, or passing by in blocks."""
+
+    EXPANDED = auto()
+    PACKED = auto()
+    STREAMED = auto()
+
+
 @dataclass(frozen=True)
 class _Layout:
     """One way to use the compute device's memory beside what is reserved: `slots` 0 means that nothing streams."""
 
-    is_head_resident: bool
+    head: _Head
     slots: int
     fixed: int  # bytes of norms, head, slots and the buffer for expanded pieces
     layer_limit: int | None  # layers get less than the head or the slot that this layout goes without
@@ -117,22 +126,27 @@ def make_plan(sizes: ModelSizes, request: PlanRequest) -> Plan:
 def _layouts(sizes: ModelSizes, request: PlanRequest) -> Iterator[_Layout]:
     """From the one that is best where it fits; the order decides between equals."""
     is_card = request.vram is not None
-    other, head = (_root_resident(sizes, request, nbytes) for nbytes in (sizes.other, sizes.head_bytes))
+    cost = device_bytes if is_card else int
+    other, expanded_head, packed_head = map(cost, (other_computed(sizes), head_computed(sizes), sizes.head_bytes))
     slot = _slot_bytes(sizes, request, sizes.layers)
-    expanded = _expanded_piece(sizes, slot)
-    expanded = expanded if request.vram is None else device_bytes(expanded)
-    slot_cost = device_bytes(slot) if is_card else slot
+    piece, strip = cost(_expanded_piece(sizes, slot)), cost(sizes.strip_computed)
     keeps_packed = is_card and sizes.is_packed
-    yield _Layout(True, 0, other + head, None)
+    yield _Layout(_Head.EXPANDED, 0, other + expanded_head, None)
     if keeps_packed:
-        yield _Layout(True, 0, other + head + expanded, None, keeps_packed)
+        yield _Layout(_Head.EXPANDED, 0, other + expanded_head + piece, None, keeps_packed)
+    heads = {_Head.EXPANDED: expanded_head}
+    if is_card and sizes.is_head_packed:
+        heads = {_Head.PACKED: packed_head}  # to bring more by the bus costs more than expanding it does
+        for keeps in (False, True)[: 1 + keeps_packed]:
+            yield _Layout(_Head.PACKED, 0, other + packed_head + max(strip, piece * keeps), None, keeps)
+    resident = min(heads.values())
     counts = _DEVICE_SLOTS if is_card else _HOST_SLOTS
-    for is_head_resident in (True, False) if is_card else (True,):
+    for head, nbytes in (heads | ({_Head.STREAMED: 0} if is_card else {})).items():
         for count in counts:
-            fixed = other + (head if is_head_resident else 0) + count * slot_cost + expanded
-            limits = [] if is_head_resident else [head - 1]
-            limits += [] if count == counts[0] else [slot_cost - 1]
-            yield _Layout(is_head_resident, count, fixed, min(limits, default=None), keeps_packed)
+            fixed = other + nbytes + count * cost(slot) + (piece if head is _Head.EXPANDED else max(piece, strip))
+            limits = [resident - 1] if head is _Head.STREAMED else []
+            limits += [] if count == counts[0] else [cost(slot) - 1]
+            yield _Layout(head, count, fixed, min(limits, default=None), keeps_packed)
 
 
 def _least_layers(sizes: ModelSizes, request: PlanRequest, layout: _Layout) -> int:
@@ -149,18 +163,14 @@ def _layer_costs(sizes: ModelSizes, request: PlanRequest, layout: _Layout) -> tu
 
 
 def _slot_bytes(sizes: ModelSizes, request: PlanRequest, streamed: Sequence[int]) -> int:
-    """Room for the largest piece: a layer, and on a GPU a row of the head, which has to pass by rows at the least.
+    """Room for the largest piece: a layer, and on a GPU the least of the head that can pass: a row, or a packed strip.
 
     On a CPU, which computes from what is read, with the page that a layer in a file of the original's may begin within.
     """
     largest = max(streamed, default=0)
     if request.vram is None:
         return -(-largest // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT
-    return max(largest, _row_bytes(sizes))
-
-
-def _row_bytes(sizes: ModelSizes) -> int:
-    return -(-sizes.head_bytes // sizes.vocabulary)
+    return max(largest, sizes.head_unit)
 
 
 def _computed(sizes: ModelSizes) -> tuple[int, ...]:
@@ -171,22 +181,13 @@ def _computed(sizes: ModelSizes) -> tuple[int, ...]:
 def _expanded_piece(sizes: ModelSizes, slot: int) -> int:
     """Room for one piece in the compute dtype, where that is another than the stored one; `slot` holds the largest."""
     if sizes.computed:
-        return max(*sizes.computed, 0 if root_expansion(sizes) == 1 else _root_expanded(sizes, slot))
+        is_head_alike = sizes.is_head_packed or root_expansion(sizes) == 1
+        return max(*sizes.computed, 0 if is_head_alike else math.ceil(slot * root_expansion(sizes)))
     return 0 if sizes.expansion == 1 else _expanded(sizes, slot)
-
-
-def _root_resident(sizes: ModelSizes, request: PlanRequest, nbytes: int) -> int:
-    """What `nbytes` bytes of a shard take on the compute device, in the compute type, outside the layers."""
-    expanded = _root_expanded(sizes, nbytes)
-    return expanded if request.vram is None else device_bytes(expanded)
 
 
 def _expanded(sizes: ModelSizes, nbytes: int) -> int:
     return math.ceil(nbytes * sizes.expansion)
-
-
-def _root_expanded(sizes: ModelSizes, nbytes: int) -> int:
-    return math.ceil(nbytes * root_expansion(sizes))
 
 
 def _fastest(sizes: ModelSizes, request: PlanRequest, layouts: tuple[_Layout, ...], settled: Reserve) -> Plan:
@@ -212,8 +213,8 @@ def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: 
     if room < (0 if layout.slots else sum(costs)):
         return None
     card = Room(Tier.VRAM, room - (kept_back(sizes, room, request.expert_share) if layout.slots else 0), costs)
-    streamed_head = 0 if layout.is_head_resident else sizes.head_bytes
-    ring, head_tier = 0, Tier.VRAM if layout.is_head_resident else Tier.RAM
+    streamed_head = sizes.head_bytes if layout.head is _Head.STREAMED else 0
+    ring, head_tier = 0, Tier.RAM if streamed_head else Tier.VRAM
     tiers = place_layers(sizes.layers, (card, Room(Tier.RAM, max(0, request.ram - streamed_head), sizes.layers)))
     if Tier.DISK in tiers or streamed_head > request.ram:
         ring = _ring_bytes(max(sizes.layers), request.ram)
@@ -227,7 +228,7 @@ def _on_card(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: 
         tiers = place_layers(sizes.layers, (card, Room(Tier.RAM, room, sizes.layers)))
     streams = [size for size, tier in zip(sizes.layers, tiers, strict=True) if tier is not Tier.VRAM]
     slot = _slot_bytes(sizes, request, streams or sizes.layers) if streams or streamed_head else 0
-    head = _streamed_head(sizes, head_tier, slot) if streamed_head else _resident_head(sizes, Tier.VRAM)
+    head = _streamed_head(sizes, head_tier, slot) if streamed_head else _resident_head(sizes, Tier.VRAM, layout.head)
     plan = Plan(
         device=request.device,
         layers=_placements(sizes, request.device, tiers, None if layout.keeps_packed else Tier.VRAM),
@@ -263,7 +264,7 @@ def _on_cpu(sizes: ModelSizes, request: PlanRequest, layout: _Layout, settled: R
     plan = Plan(
         device=request.device,
         layers=_placements(sizes, request.device, tiers, Tier.RAM),
-        head=_resident_head(sizes, Tier.RAM),
+        head=_resident_head(sizes, Tier.RAM, layout.head),
         embedding=Tier.RAM if sizes.is_tied else Tier.DISK,
         device_slots=0,
         slot_bytes=slot if is_streaming else 0,
@@ -292,14 +293,16 @@ def _placements(
     )
 
 
-def _resident_head(sizes: ModelSizes, tier: Tier) -> HeadPlacement:
-    return HeadPlacement(_root_expanded(sizes, sizes.head_bytes), tier, 0)
+def _resident_head(sizes: ModelSizes, tier: Tier, head: _Head) -> HeadPlacement:
+    """Ready to compute with, or one packed block."""
+    if head is _Head.PACKED:
+        return HeadPlacement(sizes.head_bytes, tier, 1)
+    return HeadPlacement(head_computed(sizes), tier, 0)
 
 
 def _streamed_head(sizes: ModelSizes, tier: Tier, slot_bytes: int) -> HeadPlacement:
-    """Blocks of whole rows, none larger than a slot."""
-    rows = slot_bytes // _row_bytes(sizes)
-    return HeadPlacement(sizes.head_bytes, tier, -(-sizes.vocabulary // rows))
+    """Blocks of whole rows or strips, none larger than a slot."""
+    return HeadPlacement(sizes.head_bytes, tier, -(-sizes.head_units // (slot_bytes // sizes.head_unit)))
 
 
 def _table_tier(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Tier:
@@ -308,7 +311,7 @@ def _table_tier(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Tier:
     A tied table is the head where that is on the device; one that streams in blocks is not kept whole as well.
     """
     if sizes.is_tied:
-        return Tier.DISK if plan.head.num_blocks else Tier.VRAM
+        return Tier.VRAM if plan.head.tier is Tier.VRAM else Tier.DISK
     taken = plan.ring_bytes + plan.layer_bytes(Tier.RAM)
     return Tier.RAM if taken + sizes.embedding <= request.ram else Tier.DISK
 
@@ -324,11 +327,11 @@ def _card_spending(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Spend
     assert request.vram is not None
     resident = [place.nbytes for place in plan.layers if place.tier is Tier.VRAM]
     slot = device_bytes(plan.slot_bytes)
-    needs_room = plan.keeps_packed or plan.slot_bytes
-    expanded = device_bytes(_expanded_piece(sizes, plan.slot_bytes)) if needs_room else 0
-    head = 0 if plan.head.num_blocks else device_bytes(plan.head.nbytes)
+    piece = device_bytes(_expanded_piece(sizes, plan.slot_bytes)) if plan.keeps_packed or plan.slot_bytes else 0
+    expanded = max(piece, device_bytes(sizes.strip_computed) if plan.head.num_blocks else 0)
+    head = device_bytes(plan.head.nbytes) if plan.head.tier is Tier.VRAM else 0
     uses = (
-        Use("norms and positions", device_bytes(_root_expanded(sizes, sizes.other))),
+        Use("norms and positions", device_bytes(other_computed(sizes))),
         Use("head and embedding table" if sizes.is_tied else "head", head),
         Use("keys and values", plan.kv_bytes),
         Use("workspace", plan.workspace_bytes),
@@ -356,7 +359,7 @@ def _host_uses(sizes: ModelSizes, plan: Plan) -> tuple[Use, ...]:
     slots = plan.ring_bytes // plan.slot_bytes if plan.slot_bytes else 0
     return _worth_telling(
         (
-            Use("norms and positions", _root_expanded(sizes, sizes.other)),
+            Use("norms and positions", other_computed(sizes)),
             Use("head and embedding table" if sizes.is_tied else "head", plan.head.nbytes),
             Use("keys and values", plan.kv_bytes),
             Use("workspace", plan.workspace_bytes),

@@ -8,6 +8,9 @@ matrices inside the layers, experts included. ``PLACE=FORMAT`` overrides it for 
 that name a tensor the last one counts. A place is one of the words of `KINDS`, or some consecutive parts of a tensor's
 dotted name, ``layers.<number>.<name in the layer>``, in which ``0-3`` is a range of numbers and ``*`` any text.
 
+A head that is the embedding is one tensor under two names: a rule for either is for both, and two rules that contradict
+each other are refused.
+
 What decides over others (norms, embeddings, heads, routers), biases, other vectors and rows too short to pack stay in
 full precision unless their own part of the name, or their kind, is written: ``layers.0-3=nf4`` and ``mlp=nf4`` leave
 the norms and the router there alone, ``norms=int8`` and ``mlp.gate=int8`` do not.
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from lamella_engine.calibration_text import CalibrationText
@@ -57,11 +60,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class TensorName:
-    """A tensor of a model: its name within its layer, or in the model if `layer` is None, and its shape."""
+    """A tensor of a model: its name within its layer, or in the model if `layer` is None, and its shape.
+
+    `tied` is another name that it goes by: a head that is the embedding is stored once, under one of the two.
+    """
 
     name: str
     shape: tuple[int, ...]
     layer: int | None = None
+    tied: str | None = None
 
     @property
     def path(self) -> str:
@@ -97,12 +104,25 @@ class QuantSpec:
         return self.default == FULL and all(rule.format == FULL for rule in self.rules)
 
     def format_for(self, tensor: TensorName) -> str:
-        """The format of a tensor, or `FULL`."""
+        """The format of a tensor, or `FULL`.
+
+        Raises:
+            OptionError: it goes by two names, and they are given different formats.
+        """
         kind = _kind(tensor)
-        for rule in reversed(self.rules):
-            if _names(rule.place, tensor, kind):
-                return rule.format
-        return FULL if kind is not None else self.default
+        found = [rule for each in _aliases(tensor) if (rule := self._last_rule(each)) is not None]
+        if not found:
+            return FULL if kind is not None else self.default
+        if found[0].format != found[-1].format:
+            raise OptionError(
+                f"quant: {str(found[0])!r} and {str(found[-1])!r} are for one weight: the model's head is its "
+                f"embedding ({tensor.name!r}, stored once). Give both the same format, or name one of them"
+            )
+        return found[0].format
+
+    def _last_rule(self, tensor: TensorName) -> Rule | None:
+        kind = _kind(tensor)
+        return next((rule for rule in reversed(self.rules) if _names(rule.place, tensor, kind)), None)
 
     def check_against(self, tensors: Iterable[TensorName]) -> None:
         """Refuse rules that no tensor of the model comes under; a word of `KINDS` may find nothing to leave as it is.
@@ -110,7 +130,7 @@ class QuantSpec:
         Raises:
             OptionError: a rule names nothing, or a layer that is not there.
         """
-        listed = [(tensor, _kind(tensor)) for tensor in tensors]
+        listed = [(each, _kind(each)) for tensor in tensors for each in _aliases(tensor)]
         last = max((tensor.layer for tensor, _ in listed if tensor.layer is not None), default=-1)
         for rule in self.rules:
             highest = _highest_layer(rule.place)
@@ -216,6 +236,12 @@ def _kind_outside(parts: list[str]) -> str:
     return "embeddings" if is_embedding else "other"
 
 
+def _aliases(tensor: TensorName) -> list[TensorName]:
+    """A tensor under each of its names."""
+    others = [] if tensor.tied is None else [TensorName(tensor.tied, tensor.shape, tensor.layer)]
+    return [replace(tensor, tied=None), *others]
+
+
 def _is_norm(part: str) -> bool:
     lowered = part.lower()
     return "norm" in lowered or re.match(r"ln(_|\d|$)", lowered) is not None
@@ -267,8 +293,6 @@ def _highest_layer(place: str) -> int | None:
 
 
 def _why_nothing(place: str, reach: list[str], listed: list[tuple[TensorName, str | None]]) -> str:
-    if place == "lm_head":
-        return "packs nothing: the model's head is its embedding; to pack that, write embeddings=FORMAT"
     if place in KINDS:
         return f"packs nothing: the model has no {place}; leave it out"
     if reach:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lamella_engine.architecture import Architecture, table_names
 from lamella_engine.binding import TORCH_DTYPES
-from lamella_engine.embedding_rows import EmbeddingRows, map_piece
+from lamella_engine.embedding_rows import EmbeddingRows, PackedTable, PlainTable, Table, map_piece
 from lamella_engine.loader import Loader
 from lamella_engine.pieces import tensor_piece
 from lamella_engine.placement import Plan, Tier
@@ -34,14 +34,15 @@ def find_tables(built: Architecture, tensors: tuple[TensorSpec, ...]) -> RootTab
     """Which of the root shard's `tensors` are the embedding table and the head's weight."""
     by_name = {spec.name: spec for spec in tensors}
     embedding, head = table_names(built)
-    table = by_name.get(embedding or "")
-    return RootTables(table, None if head is None else by_name.get(head) or table)
+    table, own = by_name.get(embedding or ""), by_name.get(head or "")
+    # A table that both share may be stored under the head's name.
+    return RootTables(table or own, None if head is None else own or table)
 
 
-def materialise_root(
-    built: Architecture, root: Shard, plan: Plan, device: torch.device, loader: Loader, timeline: Timeline
-) -> None:
+def materialise_root(built: Architecture, root: Shard, plan: Plan, device: torch.device, loader: Loader) -> None:
     """Give the modules outside the layers their weights, and every module its computed buffers, on `device`.
+
+    Tables that are not there whole are left out: the embedding is for `look_up_rows`, the head for `streamed_head`.
 
     Buffers that no checkpoint stores (rotary frequencies, embedding scales) are computed by the model's own
     initialisation; the flag on the parameters keeps that from touching weights.
@@ -65,12 +66,40 @@ def materialise_root(
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     compute_buffers(model, device)
-    if tables.embedding is not None and tables.embedding.name not in stays:
-        piece = tensor_piece(root, tables.embedding)
+
+
+def look_up_rows(
+    built: Architecture, root: Shard, plan: Plan, loader: Loader, timeline: Timeline, head: torch.Tensor | None
+) -> None:
+    """Have the embedding look up its rows where the plan has the table, unless it is the head that is there whole.
+
+    Args:
+        built: the model, after `materialise_root`.
+        root: holds the table.
+        plan: says where it is.
+        loader: keeps it in RAM.
+        timeline: told of the rows' bytes.
+        head: the packed head where it stays on the device, uint8; the table may be that.
+
+    Raises:
+        ShardError: the root shard cannot be read.
+    """
+    tables = find_tables(built, root.tensors)
+    spec = tables.embedding
+    if spec is None or (spec == tables.head and not plan.head.num_blocks):
+        return
+    piece = tensor_piece(root, spec)
+    if plan.embedding is Tier.VRAM:
+        assert head is not None, "only a table that is the head is on the device"
+        stored = head
+    else:
         stored = map_piece(piece) if plan.embedding is Tier.DISK else loader.to_ram(piece)
-        table = stored.view(TORCH_DTYPES[tables.embedding.dtype]).view(tables.embedding.shape)
-        is_on_disk = plan.embedding is Tier.DISK
-        EmbeddingRows(model.get_input_embeddings(), table, device, timeline, is_on_disk=is_on_disk)
+    table: Table
+    if spec.packed is not None:
+        table = PackedTable(spec.moved(-spec.offset), stored)
+    else:
+        table = PlainTable(stored.view(TORCH_DTYPES[spec.dtype]).view(spec.shape))
+    EmbeddingRows(built.model.get_input_embeddings(), table, loader.device, timeline, tier=plan.embedding)
 
 
 def compute_buffers(model: nn.Module, device: torch.device) -> None:

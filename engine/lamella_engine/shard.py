@@ -7,7 +7,7 @@ tensor on 64. `shard_store` makes and checks them, `reader` moves them, `binding
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 DATA_ALIGNMENT = 4096
@@ -28,13 +28,38 @@ class TensorSpec:
     nbytes: int
     packed: PackedParts | None = None
 
+    @property
+    def end(self) -> int:
+        """Where it ends in the data; what a packed one consists of has padding between."""
+        pieces = (*self.packed.parts, *self.packed.strips) if self.packed else ()
+        return max((piece.end for piece in pieces), default=self.offset + self.nbytes)
+
+    @property
+    def span(self) -> int:
+        """Bytes from where it begins to where it ends."""
+        return self.end - self.offset
+
+    def moved(self, by: int) -> TensorSpec:
+        """The same tensor `by` bytes further on."""
+        return replace(self, offset=self.offset + by, packed=self.packed and self.packed.moved(by))
+
 
 @dataclass(frozen=True)
 class PackedParts:
-    """How a tensor is packed: name of the format, and its parts, each under the suffix it has in the format."""
+    """How a tensor is packed: name of the format, and its parts, each under the suffix it has in the format.
+
+    What lies outside the layers has no parts of its own but `strips`: some consecutive rows each, packed on their own
+    and lying one behind the other, so that any run of them can be read, moved and expanded alone.
+    """
 
     format: str
     parts: tuple[TensorSpec, ...]
+    strips: tuple[TensorSpec, ...] = ()
+
+    def moved(self, by: int) -> PackedParts:
+        """The same parts `by` bytes further on."""
+        parts, strips = (tuple(spec.moved(by) for spec in specs) for specs in (self.parts, self.strips))
+        return PackedParts(self.format, parts, strips)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from lamella_engine.manifest import (
     read_manifest,
     write_manifest,
 )
-from lamella_engine.packed_shard import write_packed
+from lamella_engine.packed_shard import expanded, write_packed
 from lamella_engine.progress import BUILD, Progress
 from lamella_engine.quant_mix import SizeTarget, find_mix
 from lamella_engine.quant_spec import QuantSpec
@@ -128,7 +128,7 @@ def _plan(request: BuildRequest, model_directory: Path, progress: Progress) -> _
     if isinstance(request.quant, QuantSpec):
         check_quant(request.quant, plan)
     layers, originals = plan_layers(request, plan)
-    shards = (plan_shard(ROOT_SHARD, plan.root, request.packing(None)), *layers)
+    shards = (plan_shard(ROOT_SHARD, plan.root, request.packing(None, plan.tied)), *layers)
     key = hashlib.sha256(f"{FORMAT_VERSION} {fingerprint} {plan.is_untied} {request.quant}".encode())
     for shard in shards:
         key.update(shard.key)
@@ -280,7 +280,13 @@ def _calibration(planned: _Build, finished: dict[str, ShardRecord]) -> Calibrate
     text = request.quant.calibration if isinstance(request.quant, QuantSpec) else None
     if text is None or all(shard.file in finished for shard in planned.shards):
         return None
-    return CalibratedBuild(text, planned.built, planned.plan, planned.directory, request.quant_device)
+    packing = request.packing(None, planned.plan.tied)
+    assert packing is not None, "there is a specification"
+    root = replace(
+        planned.plan.root, conversions=tuple(expanded(each, packing) for each in planned.plan.root.conversions)
+    )
+    plan = replace(planned.plan, root=root)  # the text passes the embedding as it is packed
+    return CalibratedBuild(text, planned.built, plan, planned.directory, request.quant_device)
 
 
 def _write_shards(

@@ -53,12 +53,17 @@ class ShardRecord:
     sha256: str
 
 
-def lay_out(tensors: Iterable[TensorShape], metadata: Mapping[str, str] = MappingProxyType({})) -> ShardLayout:
+def lay_out(
+    tensors: Iterable[TensorShape], metadata: Mapping[str, str] = MappingProxyType({}), *, keeps_order: bool = False
+) -> ShardLayout:
     """Place `tensors` one behind the other; the format allows no holes, so padding is made of small tensors.
 
-    Tensors whose size is a multiple of 64 come first and need none. `metadata` is what the file says of itself.
+    Tensors whose size is a multiple of 64 come first and need none, unless the order given is kept. `metadata` is what
+    the file says of itself.
     """
-    ordered = sorted(tensors, key=lambda tensor: size_of(tensor) % TENSOR_ALIGNMENT != 0)
+    ordered = list(tensors)
+    if not keeps_order:
+        ordered.sort(key=lambda tensor: size_of(tensor) % TENSOR_ALIGNMENT != 0)
     entries: dict[str, object] = {METADATA_KEY: {"format": "pt", **metadata}}
     places: dict[str, tuple[int, TensorShape]] = {}
     offset = 0

@@ -1,15 +1,49 @@
-"""An output head that does not stay on the device: its rows pass by in blocks, after the last layer of each sweep."""
+"""An output head that is not ready to compute with: its rows pass by in blocks, after the last layer of each sweep.
+
+Blocks wait in RAM or on disk, or stay on the device packed. What is packed or of another type is expanded into a buffer
+that the layers use as well, as many strips at a time as it has room for. Neighbours: `pieces` cuts the head,
+`weight_stream` brings its blocks.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lamella_engine.binding import tensor_view
-from lamella_engine.pieces import head_rows
+from lamella_engine.binding import TORCH_DTYPES, tensor_view
+from lamella_engine.formats import Format, find_format
+from lamella_engine.pieces import HeadBlock, cut_head
 from lamella_engine.shard import TensorSpec
-from lamella_engine.weight_stream import WeightStream
+from lamella_engine.weight_stream import BoundSlot, WeightStream
+
+
+class _Expansion(NamedTuple):
+    """A strip in a buffer, and the rows of another buffer that it is expanded into."""
+
+    format: Format
+    parts: dict[str, torch.Tensor]
+    target: torch.Tensor
+
+
+class _Run(NamedTuple):
+    """Some rows of the head as they are multiplied with, from row `low` on, and what has to be expanded before."""
+
+    low: int
+    weight: torch.Tensor
+    source: torch.Tensor | None
+    strips: list[_Expansion]
+
+    def make_ready(self) -> torch.Tensor:
+        """The weight, in the type that computes."""
+        if self.source is not None:
+            self.weight.copy_(self.source)
+        for format, parts, target in self.strips:
+            format.decode(parts, target)
+        return self.weight
 
 
 class StreamedHead:
@@ -18,10 +52,10 @@ class StreamedHead:
     Args:
         head: the module, its weight on meta; a bias stays with it.
         spec: the weight, [vocabulary, width], as stored.
-        num_blocks: row blocks, as `pieces.head_blocks` cuts them.
+        num_blocks: row blocks, as `pieces.cut_head` cuts them.
         first_piece: number of the first one in sweep order.
         stream: where they come from.
-        buffer: where a block is converted to the compute dtype, uint8; None where it is stored in that.
+        buffer: where rows are brought to the compute dtype, uint8; None where they are stored in that.
     """
 
     def __init__(
@@ -37,16 +71,22 @@ class StreamedHead:
         self._first_piece = first_piece
         self._stream = stream
         self._buffer = buffer
-        self._blocks = []
-        row_bytes = spec.nbytes // spec.shape[0]
-        for low, high in head_rows(spec.shape[0], num_blocks):
-            shape = (high - low, *spec.shape[1:])
-            self._blocks.append((low, high, TensorSpec(spec.name, spec.dtype, shape, 0, (high - low) * row_bytes)))
+        self._dtype = head.weight.dtype if isinstance(head.weight, torch.Tensor) else torch.float32
+        self._blocks = cut_head(spec, num_blocks)
+        self._runs: dict[tuple[int, tuple[str, int]], list[_Run]] = {}
+        if spec.packed is not None:
+            assert buffer is not None, "a plan that expands has room for it"
+            find_format(spec.packed.format).prepare(buffer.device, self._dtype)
 
     @property
     def vocabulary(self) -> int:
         """Rows of all blocks."""
-        return self._blocks[-1][1]
+        return self._blocks[-1].high
+
+    @property
+    def pieces(self) -> range:
+        """The numbers of its blocks in sweep order."""
+        return range(self._first_piece, self._first_piece + len(self._blocks))
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` [..., width] -> logits [..., vocabulary]."""
@@ -56,16 +96,78 @@ class StreamedHead:
 
     def fill(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Write the logits of `hidden` [..., width] to `logits` [..., vocabulary], on whatever device that is."""
-        for number, (low, high, spec) in enumerate(self._blocks, self._first_piece):
-            slot = self._stream.acquire(number)
-            weight = self._in_dtype(tensor_view(slot.tensor, spec), hidden.dtype)
-            bias = None if self._bias is None else self._bias[low:high]
-            logits[..., low:high] = linear(hidden, weight, bias)
+        for number in self.pieces:
+            for run in self._runs_in(number, self._stream.acquire(number)):
+                high = run.low + run.weight.shape[0]
+                bias = None if self._bias is None else self._bias[run.low : high]
+                logits[..., run.low : high] = linear(hidden, run.make_ready(), bias)
             self._stream.release(number)
 
-    def _in_dtype(self, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if stored.dtype == dtype:
-            return stored
+    def expand(self, number: int, slot: BoundSlot) -> bool:
+        """Do with block `number` in `slot` what comes before multiplying; whether that is anything."""
+        runs = self._runs_in(number, slot)
+        for run in runs:
+            run.make_ready()
+        return any(run.strips or run.source is not None for run in runs)
+
+    def _runs_in(self, number: int, slot: BoundSlot) -> list[_Run]:
+        """The runs of a block; kept by buffer, so that a steady sweep makes no views."""
+        key = (number, slot.key)
+        if key not in self._runs:
+            block = self._blocks[number - self._first_piece]
+            is_packed = block.tensors[0].packed is not None
+            make = self._packed_runs if is_packed else self._plain_run
+            self._runs[key] = list(make(block, slot.tensor))
+        return self._runs[key]
+
+    def _plain_run(self, block: HeadBlock, data: torch.Tensor) -> Iterator[_Run]:
+        stored = tensor_view(data, block.tensors[0])
+        if stored.dtype == self._dtype:
+            yield _Run(block.low, stored, None, [])
+        else:
+            yield _Run(block.low, self._room(tuple(stored.shape)), stored, [])
+
+    def _packed_runs(self, block: HeadBlock, data: torch.Tensor) -> Iterator[_Run]:
+        assert self._buffer is not None, "a plan that expands has room for it"
+        low = block.low
+        for strips in self._fitting(block.tensors, self._buffer.numel() // self._dtype.itemsize):
+            rows = [strip.shape[0] for strip in strips]
+            weight = self._room((sum(rows), *strips[0].shape[1:]))
+            expansions = []
+            for strip, target in zip(strips, torch.split(weight, rows), strict=True):
+                assert strip.packed is not None, "strips are packed"
+                parts = {part.name: tensor_view(data, part) for part in strip.packed.parts}
+                expansions.append(_Expansion(find_format(strip.packed.format), parts, target))
+            yield _Run(low, weight, None, expansions)
+            low += sum(rows)
+
+    @staticmethod
+    def _fitting(strips: Sequence[TensorSpec], numbers: int) -> Iterator[list[TensorSpec]]:
+        """Strips one after the other, as many at a time as have at most so many numbers; one at least."""
+        run: list[TensorSpec] = []
+        taken = 0
+        for strip in strips:
+            own = strip.shape[0] * strip.shape[1]
+            if run and taken + own > numbers:
+                yield run
+                run, taken = [], 0
+            run.append(strip)
+            taken += own
+        yield run
+
+    def _room(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """The beginning of the buffer as a weight of that shape."""
         assert self._buffer is not None, "a plan that converts has room for it"
-        converted = self._buffer[: stored.numel() * dtype.itemsize].view(dtype).view(stored.shape)
-        return converted.copy_(stored)
+        numbers = shape[0] * shape[1]
+        return self._buffer[: numbers * self._dtype.itemsize].view(self._dtype).view(shape)
+
+
+def conversion_bytes(spec: TensorSpec, num_blocks: int, dtype: torch.dtype) -> int:
+    """Room that the head `spec` in so many blocks needs to be brought to `dtype`; 0 if it is stored in that."""
+    if spec.packed is not None:
+        rows = max(strip.shape[0] for strip in spec.packed.strips)
+    elif TORCH_DTYPES[spec.dtype] != dtype:
+        rows = -(-spec.shape[0] // num_blocks)
+    else:
+        return 0
+    return rows * spec.shape[1] * dtype.itemsize

@@ -16,13 +16,13 @@ CPU = torch.device("cpu")
 
 
 def expand_packed(model: torch.nn.Module, layers_path: str, spec: QuantSpec) -> None:
-    """Pack and expand every weight of the layers of `model` that `spec` packs, in place."""
+    """Pack and expand every weight of `model` that `spec` packs, in place."""
     prefix = f"{layers_path}."
+    tied: dict[str, str] = {source: target for target, source in model.all_tied_weights_keys.items()}  # type: ignore[operator,union-attr] # transformers' own
     for name, weight in model.named_parameters():
-        if not name.startswith(prefix):
-            continue
         index, _, rest = name.removeprefix(prefix).partition(".")
-        chosen = spec.format_for(TensorName(rest, tuple(weight.shape), int(index)))
+        own = TensorName(rest, tuple(weight.shape), int(index)) if name.startswith(prefix) else None
+        chosen = spec.format_for(own or TensorName(name, tuple(weight.shape), None, tied.get(name)))
         if chosen != FULL:
             format = find_format(chosen)
             format.decode(format.encode(weight.data), weight.data)

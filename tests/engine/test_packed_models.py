@@ -139,7 +139,7 @@ def test_a_packed_form_lives_beside_the_model_and_is_opened_by_its_name(
         ("int4", "'int4' is no format"),
         ("nf4,layers.9=int8", "names layer 9, and the model's layers are 0 to 3"),
         ("full", "packs nothing"),
-        ("nf4,lm_head=int8", "lies outside the layers"),
+        ("nf4,head=int8", "names no tensor of the model"),
         ("lossless", "lossless packs bfloat16.*choose int8"),
     ],
 )

@@ -23,6 +23,7 @@ STATE = TensorName("mamba.A_log", (256, 16), 1)
 SINKS = TensorName("self_attn.sinks", (64,), 1)
 HEAD = TensorName("lm_head.weight", (1000, 64))
 EMBEDDING = TensorName("model.embed_tokens.weight", (1000, 64))
+TIED = TensorName("model.embed_tokens.weight", (1000, 64), None, "lm_head.weight")
 POSITIONS = TensorName("transformer.wpe.weight", (512, 64))
 LAST_NORM = TensorName("model.norm.weight", (64,))
 PROJECTION = TensorName("model.decoder.project_in.weight", (64, 32))
@@ -183,10 +184,30 @@ def test_rules_that_would_do_nothing_are_refused(text: str, message: str) -> Non
         parse_quant(text).check_against(MODEL)
 
 
-def test_a_head_that_is_the_embedding_cannot_be_packed_by_its_name() -> None:
-    with pytest.raises(
-        OptionError, match=r"'lm_head=int8' packs nothing: the model's head is its embedding.*embeddings="
-    ):
-        parse_quant("lm_head=int8").check_against([Q, EMBEDDING])
+@pytest.mark.parametrize("place", ["lm_head", "embeddings", "embed_tokens", "model.embed_tokens", "lm_head.weight"])
+def test_a_head_that_is_the_embedding_is_packed_by_either_name(place: str) -> None:
+    spec = parse_quant(f"int8,{place}=nf4")
+
+    spec.check_against([Q, TIED])
+    assert spec.format_for(TIED) == "nf4"
+
+
+@pytest.mark.parametrize("quant", ["nf4,lm_head=int8,embed_tokens=int8", "int8,lm_head=bf16", "int8,embeddings=full"])
+def test_rules_for_both_names_of_one_weight_may_agree(quant: str) -> None:
+    spec = parse_quant(quant)
+
+    spec.check_against([Q, TIED])
+    assert spec.format_for(TIED) == ("int8" if quant.startswith("nf4") else FULL)
+
+
+@pytest.mark.parametrize("quant", ["int8,lm_head=int8,embed_tokens=nf4", "int8,embeddings=nf4,lm_head=bf16"])
+def test_rules_that_contradict_each_other_for_one_weight_are_refused(quant: str) -> None:
+    with pytest.raises(OptionError, match=r"are for one weight: the model's head is its embedding.*one of them"):
+        parse_quant(quant).format_for(TIED)
+
+
+def test_a_kind_that_the_model_lacks_cannot_be_packed() -> None:
     with pytest.raises(OptionError, match="the model has no routers"):
         parse_quant("routers=int8").check_against([Q])
+    with pytest.raises(OptionError, match="the model has no lm_head"):
+        parse_quant("lm_head=int8").check_against([Q, EMBEDDING])

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.slow_machine import MACHINES, slow_machine
 from lamella_engine import Engine, EngineOptions, Sampling, ShardStore, architecture
-from lamella_engine.embedding_rows import EmbeddingRows
+from lamella_engine.embedding_rows import EmbeddingRows, PlainTable
 from lamella_engine.model_sizes import sizes_of_sharded
 from lamella_engine.open_model import open_sweep_model
 from lamella_engine.placement import HeadPlacement, Tier
@@ -163,7 +163,7 @@ def test_gathered_rows_are_what_the_whole_table_gives(family: str, dtype: torch.
     expected = embedding(ids).detach()
     timeline = Timeline()
 
-    EmbeddingRows(embedding, table, CPU, timeline, is_on_disk=True)
+    EmbeddingRows(embedding, PlainTable(table), CPU, timeline, tier=Tier.DISK)
 
     with torch.inference_mode():
         assert torch.equal(embedding(ids), expected)

@@ -111,6 +111,10 @@ class Blockwise(Format):
         """See `Format.shared_parts`; a vector is one row."""
         return () if len(shape) > 1 else (CODES, SCALES, EXPONENTS)
 
+    def take_rows(self, parts: Parts, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Format.take_rows`."""
+        return {suffix: part.index_select(0, rows) for suffix, part in parts.items()}
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """See `Format.prepare`."""
         kernels.prepare(device, dtype)

@@ -97,6 +97,15 @@ class Format(ABC):
         """Parts of such a weight that all entries of its first dimension need; the others have bytes for each entry."""
 
     @abstractmethod
+    def take_rows(self, parts: Parts, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts of a matrix that is made of some rows of a weight [rows, columns], in any order; copies them.
+
+        Args:
+            parts: of the weight, on any device.
+            rows: int64 [number], at least one, on the same device.
+        """
+
+    @abstractmethod
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compile what `decode` and `matvec` need for results of `dtype`; to be called before a graph is recorded."""
 

@@ -135,6 +135,24 @@ class Lossless(Format):
             return ()
         return (ESCAPES, BOOK) if len(shape) == 2 else (MANTISSAS, CODES, STARTS, ESCAPES, BOOK)
 
+    def take_rows(self, parts: Parts, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See `Format.take_rows`; the device is asked how many escapes these rows have."""
+        starts, escapes = parts[STARTS], parts[ESCAPES]
+        ends = torch.nn.functional.pad(starts[1:, 0], (0, 1), value=escapes.numel())
+        firsts, counts = starts[rows, 0], (ends - starts[:, 0])[rows]
+        befores = counts.cumsum(0, dtype=torch.int32) - counts
+        # Where each escape that is kept lies in the list: as far behind its row's first one as it is in the new list.
+        total = int(counts.sum())
+        shift = (firsts - befores).repeat_interleave(counts, output_size=total)
+        kept = escapes[torch.arange(total, device=rows.device) + shift]
+        return {
+            MANTISSAS: parts[MANTISSAS].index_select(0, rows),
+            CODES: parts[CODES].index_select(0, rows),
+            STARTS: starts[rows] - (firsts - befores)[:, None],
+            ESCAPES: kept if total else escapes[:1],
+            BOOK: parts[BOOK],
+        }
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """See `Format.prepare`."""
         kernels.prepare(device, dtype)
