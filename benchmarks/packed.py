@@ -3,7 +3,8 @@
     python -m benchmarks.packed --store DIR --model NAME --device cuda --vram 4GiB --json FILE
 
 The model has to be in the store; packed forms are built from it if they are not there. Every form decodes with the same
-budgets, with weights that stay in RAM or come from disk: its ratio to full precision is what packing gains.
+budgets, with weights that stay in RAM or come from disk: its ratio to full precision is what packing gains. What
+expanding takes is measured on its own after each run, layer by layer, and told apart from what else a layer takes.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def _measure(model: ShardedModel, budget: str, arguments: argparse.Namespace) ->
         "keeps_packed": report.plan.keeps_packed,
         "memory": dataclasses.asdict(report.memory),
         "bandwidths": {name: getattr(report.bandwidths, name) for name in ("disk", "h2d", "device_memory")},
+        "expansion": dataclasses.asdict(report.expansion),
         "sequences": _rows(report),
     }
 
@@ -80,6 +82,8 @@ def _rows(report: BenchReport) -> dict[str, Any]:
             "limit_s": row.limit.seconds,
             "binding": row.limit.binding,
             "profile": dataclasses.asdict(row.profile),
+            "expand_s_per_layer": row.expand_s_per_layer,
+            "other_s_per_layer": row.other_s_per_layer,
         }
         for row in report.rows
     }
@@ -90,7 +94,9 @@ def _say(quant: str, budget: str, measured: dict[str, Any], full: dict[str, Any]
         ratio = f", {full['sequences'][count]['s_per_sweep'] / row['s_per_sweep']:.2f} times full" if full else ""
         print(
             f"{quant:>9} {budget:>12} {count:>3} sequences: {row['s_per_sweep']:.4f} s a sweep, limit "
-            f"{row['limit_s']:.4f} ({row['binding']}){ratio}; layers {measured['layers_by_tier']}",
+            f"{row['limit_s']:.4f} ({row['binding']}){ratio}; a layer expands in "
+            f"{1e3 * row['expand_s_per_layer']:.3f} ms, the rest takes {1e3 * row['other_s_per_layer']:.3f}; "
+            f"layers {measured['layers_by_tier']}",
             flush=True,
         )
 
@@ -101,7 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--store", type=Path, required=True, help="the shard store")
     add("--model", required=True, help="a model in it")
     add("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    add("--quants", type=lambda text: text.split(","), default=["nf4", "int8", "lossless"], help="%(default)s")
+    add(
+        "--quants",
+        type=lambda text: text.split(";" if ";" in text else ","),
+        default=["nf4", "int8", "lossless"],
+        help="with commas between them, or semicolons where they have commas themselves (%(default)s)",
+    )
     add(
         "--budgets",
         type=lambda text: text.split(","),

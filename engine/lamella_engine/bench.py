@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,13 +19,15 @@ import torch
 
 from lamella_engine import architecture
 from lamella_engine.architecture import Architecture
+from lamella_engine.bench_engine import BenchEngine, ended
 from lamella_engine.binding import TORCH_DTYPES
 from lamella_engine.calibration import DiskProfile, measure_bandwidths, measure_disk
 from lamella_engine.compute_dtype import choose_dtype
 from lamella_engine.device import peak_rss_bytes, resolve_device
-from lamella_engine.engine import MAX_WAITING, Engine
-from lamella_engine.errors import EngineError, OptionError, PlanError, SequenceError
+from lamella_engine.engine import MAX_WAITING
+from lamella_engine.errors import EngineError, OptionError, PlanError
 from lamella_engine.estimate import Prediction, predict
+from lamella_engine.expansion_times import ExpansionTimes
 from lamella_engine.host_memory import peak_pinned_bytes
 from lamella_engine.kv_cache import PAGE_TOKENS, pages_for
 from lamella_engine.model_sizes import sizes_of_sharded
@@ -34,10 +36,7 @@ from lamella_engine.outbox import MAX_UNDELIVERED
 from lamella_engine.placement import Bandwidths, ModelSizes, Plan, Tier
 from lamella_engine.sequence_types import (
     EngineFacts,
-    FinishReason,
     Sampling,
-    SequenceEvent,
-    SequenceFinished,
     SequenceRequest,
     SequenceTokens,
 )
@@ -46,10 +45,8 @@ from lamella_engine.sweep_profile import SweepProfile
 from lamella_engine.timeline import StreamTotals
 
 WARM_UP_SWEEPS = 3  # not timed: read-ahead settles, repeated shapes are recorded
-SILENCE_S = 900.0  # a sweep that takes longer is taken for a hang
 # The engine stalls once nobody takes its events, so a first sequence is so many sweeps ahead of the last submitted.
 _HEAD_START = MAX_UNDELIVERED + 2
-_POLL_S = 1.0
 _CLEAR_PEAK = "5"  # what the kernel takes as the order to forget the peak, see proc_pid_clear_refs(5)
 _PROMPT_SPAN = 1000  # prompts use so many ids of the vocabulary, behind the first few, which tend to be special
 
@@ -132,6 +129,8 @@ class BenchRow:
         tokens_per_second: of all sequences together.
         limit: what the plan could reach at best with the bandwidths measured; `efficiency` is limit / measured.
         profile: where a timed sweep's bytes came from, and what its time went to.
+        expand_s_per_layer: seconds of expanding that a layer takes, in the mean over all layers.
+        other_s_per_layer: what else a layer takes once its bytes are there, in the mean; a head in blocks included.
         preemptions: sequences sent back to wait meanwhile.
     """
 
@@ -142,6 +141,8 @@ class BenchRow:
     limit: Prediction
     efficiency: float
     profile: SweepProfile
+    expand_s_per_layer: float
+    other_s_per_layer: float
     preemptions: int
 
 
@@ -166,6 +167,7 @@ class BenchReport:
         bandwidths: of this machine, measured in this run.
         is_disk_direct: the disk was measured past the file cache.
         rows: by number of sequences.
+        expansion: what of a sweep goes to expanding packed weights, measured on its own after the run.
         memory: peaks.
         trace: where the trace was written, or None.
     """
@@ -177,6 +179,7 @@ class BenchReport:
     bandwidths: Bandwidths
     is_disk_direct: bool
     rows: tuple[BenchRow, ...]
+    expansion: ExpansionTimes
     memory: BenchMemory
     trace: Path | None
 
@@ -187,7 +190,7 @@ def run_bench(sharded: ShardedModel, request: BenchRequest, say: Callable[[str],
     Raises:
         OptionError: the request does not go with the model.
         PlanError: the model does not fit the budgets.
-        EngineError: the engine failed, or nothing came from it for `SILENCE_S` seconds.
+        EngineError: the engine failed, or nothing came from it for a long time.
     """
     device = resolve_device(request.options.device)
     built = _build(sharded, request.options, device)
@@ -199,13 +202,15 @@ def run_bench(sharded: ShardedModel, request: BenchRequest, say: Callable[[str],
     bandwidths = measure_bandwidths(device, built.model.dtype, disk)
     _reset_peaks(device)
     began_s = time.perf_counter()
-    with _open(sharded, device, options, request) as engine:
+    opened = _open(sharded, device, options, request)
+    with opened.engine as engine:
         open_s = time.perf_counter() - began_s
         say(f"open after {open_s:.1f} s")
-        decoded = [_decode(engine, count, request, int(built.config.vocab_size), say) for count in request.sequences]
+        decoded = [_decode(opened, count, request, int(built.config.vocab_size), say) for count in request.sequences]
         if request.trace is not None:
             engine.write_trace(request.trace)
         plan, facts, memory = engine.plan, engine.facts, _memory(device)
+        expansion = opened.expansion_times()
     if plan.layer_bytes(Tier.DISK):
         bandwidths, disk = _faster_disk(bandwidths, disk, paths)
     return BenchReport(
@@ -215,7 +220,8 @@ def run_bench(sharded: ShardedModel, request: BenchRequest, say: Callable[[str],
         prompt_tokens=request.prompt_tokens,
         bandwidths=bandwidths,
         is_disk_direct=disk.direct,
-        rows=tuple(_row(run, sizes, plan, bandwidths) for run in decoded),
+        rows=tuple(_row(run, sizes, plan, bandwidths, expansion) for run in decoded),
+        expansion=expansion,
         memory=memory,
         trace=request.trace,
     )
@@ -246,9 +252,9 @@ def _build(sharded: ShardedModel, options: EngineOptions, device: torch.device) 
     return architecture.build(config, choose_dtype(wanted, TORCH_DTYPES[sharded.dtype], device, str(config.model_type)))
 
 
-def _open(sharded: ShardedModel, device: torch.device, options: EngineOptions, request: BenchRequest) -> Engine:
+def _open(sharded: ShardedModel, device: torch.device, options: EngineOptions, request: BenchRequest) -> BenchEngine:
     try:
-        return Engine.open_sharded(sharded, device, options)
+        return BenchEngine.open(sharded, device, options)
     except PlanError as error:
         raise PlanError(
             f"{error} The cache is for {options.max_sequences} sequences of {request.sequence_tokens} tokens each: "
@@ -258,24 +264,24 @@ def _open(sharded: ShardedModel, device: torch.device, options: EngineOptions, r
 
 
 def _decode(
-    engine: Engine, count: int, request: BenchRequest, vocabulary: int, say: Callable[[str], None]
+    opened: BenchEngine, count: int, request: BenchRequest, vocabulary: int, say: Callable[[str], None]
 ) -> _Decoding:
     """Decode with `count` sequences until enough full sweeps were timed, and let the engine come to rest."""
-    run, wanted = _Decoding(count), WARM_UP_SWEEPS + request.tokens
+    engine, run, wanted = opened.engine, _Decoding(count), WARM_UP_SWEEPS + request.tokens
     sampling = Sampling(max_tokens=request.generated_tokens, ignore_eos=True)
     live = {f"bench-{count}-{index}" for index in range(count)}
     before = engine.counters()
     # Nothing is taken from the engine meanwhile, or the first sequences would be far ahead of the last.
     for index, name in enumerate(sorted(live)):
         engine.submit(SequenceRequest(name, sampling, prompt_ids=_prompt(index, request.prompt_tokens, vocabulary)))
-    for events in _batches(engine):
+    for events in opened.batches():
         if len(run.stamps) < wanted and sum(isinstance(event, SequenceTokens) for event in events) == count:
             run.stamps.append(time.perf_counter())
             run.totals.append(engine.counters())
             if len(run.stamps) == wanted:
                 for name in live:
                     engine.cancel(name)
-        live -= _ended(events)
+        live -= ended(events)
         if not live:
             break
     if len(run.stamps) < wanted:
@@ -288,35 +294,6 @@ def _decode(
     return run
 
 
-def _batches(engine: Engine) -> Iterator[tuple[SequenceEvent, ...]]:
-    """What each sweep brought.
-
-    Raises:
-        EngineError: the engine ended, or brings nothing any more.
-    """
-    deadline = time.monotonic() + SILENCE_S
-    for batch in engine.events(poll_s=_POLL_S):
-        if batch.events:
-            yield batch.events
-            deadline = time.monotonic() + SILENCE_S
-        elif time.monotonic() > deadline:
-            raise EngineError(f"no sweep ended within {SILENCE_S:.0f} s; a disk or a device hangs")
-    raise EngineError("the engine was closed while it was measured")
-
-
-def _ended(events: tuple[SequenceEvent, ...]) -> set[str]:
-    """Ids of the sequences that ended.
-
-    Raises:
-        SequenceError: one of them failed.
-    """
-    ended = [event for event in events if isinstance(event, SequenceFinished)]
-    for event in ended:
-        if event.reason is FinishReason.ERROR:
-            raise SequenceError(event.error_code or "engine", event.error or "the sequence failed")
-    return {event.sequence_id for event in ended}
-
-
 def _prompt(index: int, length: int, vocabulary: int) -> tuple[int, ...]:
     """Token ids that differ from prompt to prompt and are the same in every run."""
     first = min(3, vocabulary - 1)
@@ -324,11 +301,13 @@ def _prompt(index: int, length: int, vocabulary: int) -> tuple[int, ...]:
     return tuple(first + (index * 31 + place * 7) % span for place in range(length))
 
 
-def _row(run: _Decoding, sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths) -> BenchRow:
+def _row(run: _Decoding, sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, expansion: ExpansionTimes) -> BenchRow:
     timed = run.stamps[WARM_UP_SWEEPS - 1 :]
     seconds = tuple(later - earlier for earlier, later in pairwise(timed))
     median = statistics.median(seconds)
     limit = predict(sizes, plan, bandwidths, run.count)
+    profile = dataclasses.replace(_timed_profile(run), expand_s=expansion.sweep_s)
+    num_layers = len(plan.layers)
     return BenchRow(
         num_sequences=run.count,
         seconds=seconds,
@@ -336,7 +315,9 @@ def _row(run: _Decoding, sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths) 
         tokens_per_second=run.count / median,
         limit=limit,
         efficiency=limit.seconds / median,
-        profile=_timed_profile(run),
+        profile=profile,
+        expand_s_per_layer=sum(expansion.layers_s) / num_layers,
+        other_s_per_layer=max(0.0, profile.compute_s - expansion.sweep_s) / num_layers,
         preemptions=run.preemptions,
     )
 

@@ -106,7 +106,7 @@ def _print(report: BenchReport) -> None:
     console.print(
         profile_table([(row.num_sequences, row.profile) for row in report.rows], "A sweep: weights of layers, seconds")
     )
-    for line in _notes(report):
+    for line in (*_layer_notes(report), *_notes(report)):
         console.print(line, markup=False)
 
 
@@ -127,6 +127,21 @@ def _speed_table(report: BenchReport) -> Table:
             f"{100 * row.efficiency:.0f} %",
         )
     return table
+
+
+def _layer_notes(report: BenchReport) -> list[str]:
+    """What a layer takes once its bytes are there: expanding them, and the rest."""
+    rest = ", ".join(f"{1e3 * row.other_s_per_layer:.3f} ms ({row.num_sequences})" for row in report.rows)
+    expansion = report.expansion
+    if not expansion.sweep_s:
+        return [f"a layer takes, beside moving it (sequences): {rest}"]
+    layers = [seconds for seconds in expansion.layers_s if seconds]
+    told = [f"{len(layers)} layers, {1e3 * sum(layers) / len(layers):.3f} ms each"] if layers else []
+    told += [f"the head, {1e3 * expansion.head_s:.3f} ms"] if expansion.head_s else []
+    return [
+        f"expanding packed weights: {1e3 * expansion.sweep_s:.3f} ms of a sweep ({'; '.join(told)})",
+        f"what else a layer takes, beside moving it (sequences): {rest}",
+    ]
 
 
 def _notes(report: BenchReport) -> list[str]:

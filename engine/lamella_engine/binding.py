@@ -127,11 +127,8 @@ class LayerBinding:
 
     def bind(self, slot: BoundSlot) -> None:
         """Make the module compute with the bytes in `slot`."""
-        views = self._views.get(slot.key)
-        if views is None:
-            specs = self._converted if slot.is_converted else [place.spec for place in self._places]
-            views = self._views[slot.key] = [_Stored.of(slot.tensor, spec) for spec in specs]
-        if self.needs_conversion and not slot.is_converted:
+        views = self._views_of(slot)
+        if self.expands(slot):
             tensors = self._expand(views, is_sparse=slot.is_sparse)
         else:
             tensors = [view.plain for view in views]
@@ -143,6 +140,14 @@ class LayerBinding:
         for low, high in _runs(experts):
             for stored, target in self._awaited:
                 stored.expand_entries(low, high, target)
+
+    def expands(self, slot: BoundSlot) -> bool:
+        """Whether what is in `slot` has to be brought to the compute dtype whenever it is computed with."""
+        return self.needs_conversion and not slot.is_converted
+
+    def expand(self, slot: BoundSlot) -> None:
+        """Bring what is in `slot` to the compute dtype, as `bind` does, and leave it at that."""
+        self._expand(self._views_of(slot), is_sparse=slot.is_sparse)
 
     def prepare(self, device: torch.device) -> None:
         """Have at hand what expanding packed tensors on `device` needs, before anything of it is recorded."""
@@ -162,6 +167,13 @@ class LayerBinding:
         self._awaited = []
         for place in self._places:
             place.tensors[place.leaf] = torch.empty(place.spec.shape, dtype=place.dtype, device="meta")
+
+    def _views_of(self, slot: BoundSlot) -> list[_Stored]:
+        views = self._views.get(slot.key)
+        if views is None:
+            specs = self._converted if slot.is_converted else [place.spec for place in self._places]
+            views = self._views[slot.key] = [_Stored.of(slot.tensor, spec) for spec in specs]
+        return views
 
     def _expand(self, views: list[_Stored], *, is_sparse: bool) -> list[torch.Tensor]:
         into = self._expanded

@@ -229,13 +229,15 @@ class _Opener:
                 tell_when_routed(layer, own, partial(_bring, stream, bindings[number], number))
         buffer = self._conversion_buffer(placed, bindings, tables.head)
         look_up_rows(self._built, self._sharded.root, self._plan, loader, self._timeline, self._packed_head)
+        streamed: StreamedHead | None = None
         if self._plan.head.num_blocks:
             assert tables.head is not None, "place_pieces has found it"
             head = self._built.model.get_output_embeddings()
-            head.forward = StreamedHead(head, tables.head, self._plan.head.num_blocks, len(bindings), stream, buffer)
+            streamed = StreamedHead(head, tables.head, self._plan.head.num_blocks, len(bindings), stream, buffer)
+            head.forward = streamed
         asking = {number for number, own in enumerate(experts) if own is not None and stream.fetches(number)}
         recorder = self._machine.recorder
-        weights = StreamedWeights(self._plan, bindings, stream, self._timeline, recorder, unrecorded | asking)
+        weights = StreamedWeights(self._plan, bindings, stream, self._timeline, recorder, unrecorded | asking, streamed)
         return SweepModel(self._sharded, self._built, weights, self._machine.device, self._kept)
 
     def keep(self) -> None:
@@ -296,7 +298,7 @@ class _Opener:
         logger.info("%d of %d pieces stay on %s", len(on_device), len(placed), device)
         experts = self._open_experts(placed, transfer)
         # Where it can be recorded a layer is expanded as a whole: a graph cannot ask which experts are wanted.
-        unexpanded = frozenset(staying) & unrecorded if keeps_packed else frozenset()
+        unexpanded = frozenset(staying) & unrecorded if self._plan.keeps_packed else frozenset()
         places = Homes(on_device, in_ram, unexpanded)
         return DeviceStream(placed, places, reader, slots, transfer, experts, self._timeline)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lamella_engine.architecture import Architecture, table_names
 from lamella_engine.binding import TORCH_DTYPES
 from lamella_engine.embedding_rows import EmbeddingRows, PackedTable, PlainTable, Table, map_piece
+from lamella_engine.formats import find_format
 from lamella_engine.loader import Loader
 from lamella_engine.pieces import tensor_piece
 from lamella_engine.placement import Plan, Tier
@@ -96,6 +97,7 @@ def look_up_rows(
         stored = map_piece(piece) if plan.embedding is Tier.DISK else loader.to_ram(piece)
     table: Table
     if spec.packed is not None:
+        find_format(spec.packed.format).prepare(loader.device, built.model.dtype)
         table = PackedTable(spec.moved(-spec.offset), stored)
     else:
         table = PlainTable(stored.view(TORCH_DTYPES[spec.dtype]).view(spec.shape))

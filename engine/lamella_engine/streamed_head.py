@@ -103,12 +103,10 @@ class StreamedHead:
                 logits[..., run.low : high] = linear(hidden, run.make_ready(), bias)
             self._stream.release(number)
 
-    def expand(self, number: int, slot: BoundSlot) -> bool:
-        """Do with block `number` in `slot` what comes before multiplying; whether that is anything."""
-        runs = self._runs_in(number, slot)
-        for run in runs:
+    def expand(self, number: int, slot: BoundSlot) -> None:
+        """Bring block `number` in `slot` to the compute type, and leave it at that."""
+        for run in self._runs_in(number, slot):
             run.make_ready()
-        return any(run.strips or run.source is not None for run in runs)
 
     def _runs_in(self, number: int, slot: BoundSlot) -> list[_Run]:
         """The runs of a block; kept by buffer, so that a steady sweep makes no views."""

@@ -21,7 +21,9 @@ from lamella_engine.alibi import slopes_of
 from lamella_engine.architecture import Architecture
 from lamella_engine.attention import IMPLEMENTATION, sweep_attention
 from lamella_engine.binding import LayerBinding
+from lamella_engine.disk_reader import ALL_TOKENS
 from lamella_engine.errors import EngineError
+from lamella_engine.expansion_times import ExpansionClock, ExpansionTimes
 from lamella_engine.family_path import FamilyPath
 from lamella_engine.graph_recorder import Recorder
 from lamella_engine.kv_cache import KVCache
@@ -36,6 +38,7 @@ from lamella_engine.sequence_types import PlanFacts
 from lamella_engine.shard import ShardedModel
 from lamella_engine.state_pool import StatePool, unit_bytes
 from lamella_engine.stepwise import Forward, SideBySide, StepPack, StepSpan
+from lamella_engine.streamed_head import StreamedHead
 from lamella_engine.timeline import Timeline
 from lamella_engine.weight_stream import BoundSlot, WeightStream
 from lamella_engine.workspace import bytes_beside, gather_tokens
@@ -46,7 +49,7 @@ class StreamedWeights:
     """Where the weights are, the layers' places for them, what brings them, and who is told of it.
 
     `recorder` records what decoding layers launch, all but those of the layers `unrecorded`; None where nothing is
-    recorded.
+    recorded. `head` is the one that passes in blocks, if it does.
     """
 
     plan: Plan
@@ -55,6 +58,7 @@ class StreamedWeights:
     timeline: Timeline
     recorder: Recorder | None = None
     unrecorded: frozenset[int] = frozenset()
+    head: StreamedHead | None = None
 
 
 class SweepModel:
@@ -101,6 +105,8 @@ class SweepModel:
         self._bindings = weights.bindings
         self._stream = weights.stream
         self._unrecorded = weights.unrecorded
+        self._streamed_head = weights.head
+        self._recorder = weights.recorder
         self._gather_tokens = gather_tokens(plan.kv_bytes, plan.kv_tokens * len(built.layers))
         self._graphs = LayerGraphs(self.device, weights.recorder, self._gather_tokens)
         self._bucket: DecodeBucket | None = None
@@ -213,6 +219,31 @@ class SweepModel:
                     break
                 yield piece.float()
         self._end_sweep(before)
+
+    def expansion_times(self) -> ExpansionTimes:
+        """Measure what bringing weights to the compute type takes in a sweep, in a sweep that does nothing else.
+
+        Raises:
+            ShardError: a shard could not be read.
+        """
+        clock = ExpansionClock(self.device, self._recorder if self._graphs.is_enabled else None)
+        self._is_interrupted = True  # the next sweep begins anew, with what it needs
+        self._stream.expect(ALL_TOKENS)
+        self._stream.rewind()
+        seconds = []
+        with torch.inference_mode():
+            for number, binding in enumerate(self._bindings):
+                slot = self._stream.acquire(number)
+                run, is_recorded = partial(binding.expand, slot), number not in self._unrecorded
+                seconds.append(clock.seconds(run, is_recorded=is_recorded) if binding.expands(slot) else 0.0)
+                self._stream.release(number)
+            head_s = 0.0
+            head = self._streamed_head
+            for number in head.pieces if head is not None else ():
+                assert head is not None, "it has pieces"
+                head_s += clock.seconds(partial(head.expand, number, self._stream.acquire(number)), is_recorded=False)
+                self._stream.release(number)
+        return ExpansionTimes.of(seconds, head_s)
 
     def close(self) -> None:
         """Stop reading and drop the weights; idempotent."""

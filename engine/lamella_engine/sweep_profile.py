@@ -32,6 +32,7 @@ class SweepProfile:
         copy_s: seconds of copies to the device.
         compute_s: seconds in which layers computed.
         bubble_s: seconds in which no layer computed.
+        expand_s: seconds of `compute_s` in which packed weights were expanded, where that was measured.
         experts_visited: experts wanted of layers that had come without them.
         experts_kept: those of them that were near from earlier sweeps, on the device or in RAM.
     """
@@ -46,6 +47,7 @@ class SweepProfile:
     bubble_s: float
     experts_visited: float = 0.0
     experts_kept: float = 0.0
+    expand_s: float = 0.0
 
     @classmethod
     def between(cls, before: EngineCounters, after: EngineCounters) -> SweepProfile:
@@ -72,12 +74,14 @@ def _kept(counters: EngineCounters) -> int:
 
 
 def profile_table(rows: Iterable[tuple[int, SweepProfile]], title: str) -> Table:
-    """A row for each number of sequences and its profile; experts have a column where any were fetched."""
+    """A row for each number of sequences and its profile; experts and expanding have a column where there were any."""
     rows = list(rows)
     has_experts = any(profile.experts_visited for _, profile in rows)
+    has_expanding = any(profile.expand_s for _, profile in rows)
     table = Table(
         "sequences", "sweeps", "from disk", "from RAM", "from VRAM", "read s", "copy s", "compute s", "bubble s",
-        *(["experts (kept)"] if has_experts else []), title=title, title_justify="left",
+        *(["expanding s"] if has_expanding else []), *(["experts (kept)"] if has_experts else []),
+        title=title, title_justify="left",
     )  # fmt: skip
     for column in table.columns:
         column.justify = "right"
@@ -89,6 +93,7 @@ def profile_table(rows: Iterable[tuple[int, SweepProfile]], title: str) -> Table
             str(profile.sweeps),
             *(byte_size(nbytes) if nbytes else "-" for nbytes in sizes),
             *(f"{second:.4f}" if second else "-" for second in seconds),
+            *([f"{profile.expand_s:.4f}"] if has_expanding else []),
             *([_experts(profile)] if has_experts else []),
         )
     return table
