@@ -11,7 +11,8 @@ In the order data flows through them:
   here, and what its sequences keep; `narrow_copy`, `parts_probe`: whether its prompts may be read in parts.
 - `importers`: families that exist as code of their own only, brought onto transformers' classes; `alibi`: linear
   position biases for those that need them.
-- `quant_spec`, `formats`, `packed_shard`, `quant_mix`, `stored_form`: which weights are stored in fewer bytes, and how;
+- `quant_spec`, `formats`, `strips`, `packed_shard`, `quant_mix`, `stored_form`: which weights are stored in fewer
+  bytes, and how;
   `calibration_text`, `layer_inputs`, `calibrated_build`: for which text their codes are chosen.
 - `open_source`, `stored_checkpoint`, `hub_source`: the place that weights come from, opened.
 - `convert`, `build_plan`, `shard`, `shard_writer`, `in_place`, `shard_builder`, `manifest`, `shard_check`,
@@ -33,7 +34,8 @@ In the order data flows through them:
 - `admission`, `sequence`, `scheduler`, `sweep_thread`, `outbox`, `engine`: who rides which sweep; `sequence_types` and
   `options` are what callers see; `embedding_job`: texts that ride along for their hidden states.
 - `shared_budget`, `sweep_turns`, `engine_group`: several models on one device, in turns.
-- `timeline`, `sweep_profile`, `bench`: what moved and how long it took, beside the limit.
+- `timeline`, `sweep_profile`, `expansion_times`, `bench_engine`, `bench`: what moved and how long it took, beside the
+  limit.
 - `texts`, `quality_text`, `quality_pair`, `row_logits`, `quality_figures`, `quality`: what a packed model loses, by the
   logits of many rows of a sweep.
 - `out_of_memory`, `batch_limit`: what an engine does about memory that is short in a sweep.

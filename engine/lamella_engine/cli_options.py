@@ -49,7 +49,9 @@ DeleteOption = Annotated[
 ]
 QuantOption = Annotated[
     str | None,
-    typer.Option("--quant", help="Pack weights: nf4, fp4, int8, lossless, or such as int8,layers.0-3=bf16."),
+    typer.Option(
+        "--quant", help="Pack weights: nf4, fp4, int8, lossless, or such as int8,layers.0-3=bf16,lm_head=int8."
+    ),
 ]
 QuantTargetOption = Annotated[
     str | None,

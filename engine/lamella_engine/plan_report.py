@@ -142,6 +142,7 @@ def _every_layer(plan: Plan) -> Table:
 
 def _add_tables(table: Table, plan: Plan) -> None:
     blocks = f"in {plan.head.num_blocks} blocks of rows" if plan.head.num_blocks else ""
+    blocks = "packed, expanded in every sweep" if blocks and plan.head.tier is Tier.VRAM else blocks
     table.add_row("head", _TIER_NAMES[plan.head.tier], plan.device, byte_size(plan.head.nbytes), blocks)
     table.add_row("embedding table", _TIER_NAMES[plan.embedding], plan.device, "", "rows as they are needed")
 

@@ -6,7 +6,7 @@ stream brings. `Model.forward` of transformers is kept as it is; only the layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -237,13 +237,14 @@ class SweepModel:
                 run, is_recorded = partial(binding.expand, slot), number not in self._unrecorded
                 seconds.append(clock.seconds(run, is_recorded=is_recorded) if binding.expands(slot) else 0.0)
                 self._stream.release(number)
-            head_s = 0.0
             head = self._streamed_head
-            for number in head.pieces if head is not None else ():
-                assert head is not None, "it has pieces"
-                head_s += clock.seconds(partial(head.expand, number, self._stream.acquire(number)), is_recorded=False)
-                self._stream.release(number)
+            head_s = 0.0 if head is None else sum(self._timed_blocks(head, clock))
         return ExpansionTimes.of(seconds, head_s)
+
+    def _timed_blocks(self, head: StreamedHead, clock: ExpansionClock) -> Iterator[float]:
+        for number in head.pieces:
+            yield clock.seconds(partial(head.expand, number, self._stream.acquire(number)), is_recorded=False)
+            self._stream.release(number)
 
     def close(self) -> None:
         """Stop reading and drop the weights; idempotent."""

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from lamella_engine.bench_cli import app
 from lamella_engine.sequence_types import EngineCounters
 from lamella_engine.shard_store import ShardStore
+from lamella_engine.stored_form import StoredForm
 from lamella_engine.sweep_profile import SweepProfile
 
 QUICK = ("--device", "cpu", "--tokens", "4", "--prompt-tokens", "8", "--offline")
@@ -163,6 +164,39 @@ def test_a_profile_is_what_the_counters_rose_by_a_sweep() -> None:
     assert profile.compute_s == pytest.approx(0.25)
     assert profile.bubble_s == pytest.approx(0.5)
     assert SweepProfile.between(before, before) == SweepProfile(0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_what_expanding_takes_is_told_apart_from_the_rest(root: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    name = ShardStore(root).ensure("tiny", source=tiny_checkpoint("llama"), form=StoredForm(quant="nf4")).name
+
+    told = measured(name, *QUICK, "--ram", "0", "--sequences", "1,3")
+    shown = run(name, *QUICK, "--ram", "0", "--sequences", "1")
+
+    expansion = told["expansion"]
+    assert len(expansion["layers_s"]) == 4
+    assert all(seconds > 0 for seconds in expansion["layers_s"])
+    assert expansion["head_s"] == 0
+    assert expansion["sweep_s"] == pytest.approx(sum(expansion["layers_s"]))
+    for row in told["rows"]:
+        assert row["profile"]["expand_s"] == expansion["sweep_s"]
+        assert row["expand_s_per_layer"] == pytest.approx(expansion["sweep_s"] / 4)
+        rest = max(0.0, row["profile"]["compute_s"] - expansion["sweep_s"])
+        assert row["other_s_per_layer"] == pytest.approx(rest / 4)
+    assert "expanding s" in shown.stdout
+    assert "expanding packed weights: " in shown.stdout
+    assert "what else a layer takes, beside moving it" in shown.stdout
+
+
+def test_nothing_is_expanded_where_layers_stay_ready(root: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    name = ShardStore(root).ensure("tiny", source=tiny_checkpoint("llama"), form=StoredForm(quant="nf4")).name
+
+    told = measured(name, *QUICK, "--ram", "1GiB", "--sequences", "1")
+    shown = run(name, *QUICK, "--ram", "1GiB", "--sequences", "1")
+
+    assert told["expansion"] == {"layers_s": [0.0] * 4, "head_s": 0.0, "sweep_s": 0}
+    assert told["rows"][0]["expand_s_per_layer"] == 0
+    assert "expanding" not in shown.stdout
+    assert "a layer takes, beside moving it" in shown.stdout
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -271,6 +272,22 @@ def test_a_killed_build_goes_on_to_the_same_shards(
     again = broken.ensure("tiny", source=wide, form=form)
 
     assert [shard.path.read_bytes() for shard in again.layers] == [shard.path.read_bytes() for shard in whole.layers]
+
+
+def test_the_text_passes_the_embedding_as_it_is_packed(wide: Path, text: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    table = model.get_input_embeddings().weight.data
+    find_format("nf4").decode(find_format("nf4").encode(table), table)
+    before = tmp_path / "before"
+    shutil.copytree(wide, before)
+    model.save_pretrained(before)
+
+    store = ShardStore(tmp_path / "store")
+    packed = store.ensure("packed", source=wide, form=StoredForm(quant=f"nf4,calibrated={text},embed_tokens=nf4"))
+    whole = store.ensure("whole", source=before, form=StoredForm(quant=f"nf4,calibrated={text}"))
+
+    assert [layer.digest for layer in packed.layers] == [layer.digest for layer in whole.layers]
+    assert packed.root.nbytes < whole.root.nbytes
 
 
 def test_what_cannot_be_calibrated_is_refused_with_the_alternative(

@@ -288,6 +288,29 @@ def test_the_bytes_of_a_packed_head_and_of_packed_rows_are_counted(
     assert after.ram_bytes - before.ram_bytes == 3 * layers + (2 + 1 + 1) * row
 
 
+def test_what_expanding_takes_is_measured_between_two_sweeps(many_rows: Callable[..., Path], tmp_path: Path) -> None:
+    quant = "nf4,layers.1=bf16,lm_head=int8"
+    expected = expected_tokens(many_rows(False), quant, PROMPTS, GREEDY.max_tokens)
+    found = []
+
+    with open_placed(packed(tmp_path, many_rows(False), quant), (Tier.DISK, 2), Tier.DISK) as engine:
+        before = answers(engine)
+
+        def measure() -> None:
+            engine.before_sweep = lambda: None
+            found.append(engine._model.expansion_times())
+
+        engine.before_sweep = measure
+        measured = [generate(engine, prompt, GREEDY).token_ids for prompt in PROMPTS]
+
+    assert before == measured == expected
+    first, second = found[0].layers_s
+    assert first > 0
+    assert second == 0
+    assert found[0].head_s > first
+    assert found[0].sweep_s == first + found[0].head_s
+
+
 def test_what_is_killed_or_damaged_is_packed_again(many_rows: Callable[..., Path], tmp_path: Path) -> None:
     form = StoredForm(quant="int8,lm_head=int8")
     store = ShardStore(tmp_path)
