@@ -42,7 +42,7 @@ _EXAMPLE = "int8,layers.0-3=bf16,lm_head=bf16"
 _MIN_COLUMNS = 16  # shorter rows (of convolutions, of states) have little to pack
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _PART = re.compile(r"[\w*?-]+")
-_HEADS = ("lm_head", "embed_out", "output_projection")
+_HEADS = ("lm_head", "embed_out", "output_projection", "proj_out", "head")
 _ROUTERS = ("gate", "router", "gating", "shared_expert_gate", "gate_network")
 _NO_MATRICES = ("conv1d", "A_log", "rotary_emb", "relative_attention_bias")
 

@@ -159,6 +159,7 @@ def test_a_processor_computes_with_packed_tables(
         ("phi", "nf4,lm_head=int8,embeddings=nf4"),
         ("qwen3_moe", "int8,lm_head=fp4,model.embed_tokens=int8"),
         ("qwen3_next", "nf4,lm_head=int8,embed_tokens=int8"),
+        ("rwkv", "int8,lm_head=int8,embeddings=nf4"),
     ],
 )
 @pytest.mark.parametrize("place", [((Tier.RAM, 1), Tier.DISK), (None, Tier.RAM)])
