@@ -71,7 +71,8 @@ class StreamedHead:
         self._first_piece = first_piece
         self._stream = stream
         self._buffer = buffer
-        self._dtype = head.weight.dtype if isinstance(head.weight, torch.Tensor) else torch.float32
+        assert isinstance(head.weight, torch.Tensor), "a head multiplies with its weight"
+        self._dtype = head.weight.dtype
         self._blocks = cut_head(spec, num_blocks)
         self._runs: dict[tuple[int, tuple[str, int]], list[_Run]] = {}
         if spec.packed is not None:
@@ -107,6 +108,11 @@ class StreamedHead:
         """Bring block `number` in `slot` to the compute type, and leave it at that."""
         for run in self._runs_in(number, slot):
             run.make_ready()
+
+    def close(self) -> None:
+        """Let go of the buffer and of all blocks; idempotent."""
+        self._runs.clear()
+        self._buffer = None
 
     def _runs_in(self, number: int, slot: BoundSlot) -> list[_Run]:
         """The runs of a block; kept by buffer, so that a steady sweep makes no views."""

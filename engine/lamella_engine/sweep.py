@@ -253,6 +253,8 @@ class SweepModel:
         self._bucket = None
         for binding in self._bindings:
             binding.unbind()
+        if self._streamed_head is not None:
+            self._streamed_head.close()
         for module in self._model.modules():
             module.__dict__.pop("forward", None)  # what took its place holds buffers, hooks hold tables
             module._forward_pre_hooks.clear()

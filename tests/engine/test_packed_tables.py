@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,21 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, torch
         return directory
 
     return source
+
+
+@pytest.fixture(scope="module")
+def packed_once(
+    many_rows: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[bool, str], tuple[ShardedModel, list[list[int]]]]:
+    """Such a model packed, and the tokens of what it expands to; each made once."""
+    root = tmp_path_factory.mktemp("packed-once")
+
+    @functools.cache
+    def made(is_tied: bool, quant: str) -> tuple[ShardedModel, list[list[int]]]:
+        sharded = packed(root / str(is_tied), many_rows(is_tied), quant)
+        return sharded, expected_tokens(many_rows(is_tied), quant, PROMPTS, GREEDY.max_tokens)
+
+    return made
 
 
 def packed(root: Path, source: Path, quant: str) -> ShardedModel:
@@ -108,12 +125,9 @@ PLACES = [
 
 @pytest.mark.parametrize(("head", "embedding"), PLACES)
 def test_tokens_are_those_of_the_expanded_tables_wherever_they_are(
-    head: tuple[Tier, int] | None, embedding: Tier, many_rows: Callable[..., Path], tmp_path: Path
+    head: tuple[Tier, int] | None, embedding: Tier, packed_once: Callable[[bool, str], tuple[ShardedModel, Any]]
 ) -> None:
-    quant = "int8,lm_head=nf4,embed_tokens=int8"
-    expected = expected_tokens(many_rows(False), quant, PROMPTS, GREEDY.max_tokens)
-
-    sharded = packed(tmp_path, many_rows(False), quant)
+    sharded, expected = packed_once(False, "int8,lm_head=nf4,embed_tokens=int8")
 
     assert len(table(sharded, "lm_head.weight").packed.strips) == 3  # type: ignore[union-attr] # it is packed
     with open_placed(sharded, head, embedding) as engine:
@@ -121,30 +135,35 @@ def test_tokens_are_those_of_the_expanded_tables_wherever_they_are(
 
 
 @pytest.mark.parametrize(
-    ("head", "embedding"), [((Tier.VRAM, 1), Tier.VRAM), ((Tier.RAM, 2), Tier.DISK), (None, Tier.VRAM)]
+    ("quant", "head", "embedding"),
+    [
+        ("fp4,lm_head=int8", (Tier.VRAM, 1), Tier.VRAM),
+        ("fp4,lm_head=int8", (Tier.RAM, 2), Tier.DISK),
+        ("embeddings=nf4", (Tier.DISK, 3), Tier.DISK),
+        ("embeddings=nf4", None, Tier.VRAM),
+    ],
 )
-@pytest.mark.parametrize("quant", ["fp4,lm_head=int8", "embeddings=nf4"])
 def test_a_tied_table_is_packed_once_and_serves_both(
-    quant: str, head: tuple[Tier, int] | None, embedding: Tier, many_rows: Callable[..., Path], tmp_path: Path
+    quant: str,
+    head: tuple[Tier, int] | None,
+    embedding: Tier,
+    packed_once: Callable[[bool, str], tuple[ShardedModel, Any]],
 ) -> None:
-    expected = expected_tokens(many_rows(True), quant, PROMPTS, GREEDY.max_tokens)
-
-    sharded = packed(tmp_path, many_rows(True), quant)
+    sharded, expected = packed_once(True, quant)
 
     assert [spec.packed is not None for spec in sharded.root.tensors if spec.shape[0] == 33_001] == [True]
     with open_placed(sharded, head, embedding) as engine:
         check_tokens(engine, expected)
 
 
-@pytest.mark.parametrize("quant", ["nf4,lm_head=int8,embeddings=fp4", "lm_head=nf4"])
 @pytest.mark.parametrize("ram", [0, "auto"])
 def test_a_processor_computes_with_packed_tables(
-    quant: str, ram: int | str, many_rows: Callable[..., Path], tmp_path: Path
+    ram: int | str, packed_once: Callable[[bool, str], tuple[ShardedModel, Any]], tmp_path: Path
 ) -> None:
-    expected = expected_tokens(many_rows(False), quant, PROMPTS, GREEDY.max_tokens)
+    sharded, expected = packed_once(False, "int8,lm_head=nf4,embed_tokens=int8")
     options = EngineOptions(store=tmp_path, device="cpu", ram=ram, max_sequences=4, sweep_tokens=64, kv_tokens=512)
 
-    with Engine.open_sharded(packed(tmp_path, many_rows(False), quant), CPU, options) as engine:
+    with Engine.open_sharded(sharded, CPU, options) as engine:
         assert engine.plan.embedding is (Tier.DISK if ram == 0 else Tier.RAM)
         check_tokens(engine, expected)
 
@@ -159,30 +178,23 @@ def test_a_processor_computes_with_packed_tables(
         ("phi", "nf4,lm_head=int8,embeddings=nf4"),
         ("qwen3_moe", "int8,lm_head=fp4,model.embed_tokens=int8"),
         ("qwen3_next", "nf4,lm_head=int8,embed_tokens=int8"),
-        ("rwkv", "int8,lm_head=int8,embeddings=nf4"),
     ],
 )
-@pytest.mark.parametrize("place", [((Tier.RAM, 1), Tier.DISK), (None, Tier.RAM)])
 def test_tables_of_any_family_are_packed_by_their_names(
-    family: str,
-    quant: str,
-    place: tuple[tuple[Tier, int] | None, Tier],
-    tiny_checkpoint: Callable[[str], Path],
-    tmp_path: Path,
+    family: str, quant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny_checkpoint(family)
     expected = expected_tokens(source, quant, PROMPTS, GREEDY.max_tokens)
 
     sharded = packed(tmp_path, source, quant)
 
-    head, embedding = place
-    is_tied = sum(len(spec.shape) == 2 and spec.shape[0] == 128 for spec in sharded.root.tensors) == 1
-    with open_placed(sharded, head, Tier.VRAM if is_tied and head is None else embedding) as engine:
+    with open_placed(sharded, (Tier.RAM, 1), Tier.DISK) as engine:
         assert answers(engine) == expected
 
 
-@pytest.mark.parametrize("head", [(Tier.VRAM, 1), (Tier.RAM, 3), (Tier.DISK, 2), None])
-@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize(
+    ("is_tied", "head"), [(True, (Tier.VRAM, 1)), (True, None), (False, (Tier.RAM, 3)), (False, (Tier.DISK, 2))]
+)
 def test_lossless_tables_give_the_very_logits(
     is_tied: bool, head: tuple[Tier, int] | None, many_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -289,12 +301,13 @@ def test_the_bytes_of_a_packed_head_and_of_packed_rows_are_counted(
     assert after.ram_bytes - before.ram_bytes == 3 * layers + (2 + 1 + 1) * row
 
 
-def test_what_expanding_takes_is_measured_between_two_sweeps(many_rows: Callable[..., Path], tmp_path: Path) -> None:
-    quant = "nf4,layers.1=bf16,lm_head=int8"
-    expected = expected_tokens(many_rows(False), quant, PROMPTS, GREEDY.max_tokens)
+def test_what_expanding_takes_is_measured_between_two_sweeps(
+    packed_once: Callable[[bool, str], tuple[ShardedModel, Any]],
+) -> None:
+    sharded, expected = packed_once(False, "nf4,layers.1=bf16,lm_head=int8")
     found = []
 
-    with open_placed(packed(tmp_path, many_rows(False), quant), (Tier.DISK, 2), Tier.DISK) as engine:
+    with open_placed(sharded, (Tier.DISK, 2), Tier.DISK) as engine:
         before = answers(engine)
 
         def measure() -> None:

@@ -184,6 +184,14 @@ def test_rules_that_would_do_nothing_are_refused(text: str, message: str) -> Non
         parse_quant(text).check_against(MODEL)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_out", "head", "language_model.lm_head"])
+def test_a_head_is_one_whatever_a_family_calls_it(name: str) -> None:
+    head = TensorName(f"{name}.weight", (1000, 64))
+
+    assert parse_quant("lm_head=nf4").format_for(head) == "nf4"
+    assert parse_quant("int8").format_for(head) == FULL
+
+
 @pytest.mark.parametrize("place", ["lm_head", "embeddings", "embed_tokens", "model.embed_tokens", "lm_head.weight"])
 def test_a_head_that_is_the_embedding_is_packed_by_either_name(place: str) -> None:
     spec = parse_quant(f"int8,{place}=nf4")
