@@ -306,7 +306,9 @@ def _row(run: _Decoding, sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, 
     seconds = tuple(later - earlier for earlier, later in pairwise(timed))
     median = statistics.median(seconds)
     limit = predict(sizes, plan, bandwidths, run.count)
-    profile = dataclasses.replace(_timed_profile(run), expand_s=expansion.sweep_s)
+    profile = _timed_profile(run)
+    expand_s = expansion.of_sweep(profile.experts_visited, sizes.experts.count if sizes.experts else 0)
+    profile = dataclasses.replace(profile, expand_s=expand_s)
     num_layers = len(plan.layers)
     return BenchRow(
         num_sequences=run.count,
@@ -316,8 +318,8 @@ def _row(run: _Decoding, sizes: ModelSizes, plan: Plan, bandwidths: Bandwidths, 
         limit=limit,
         efficiency=limit.seconds / median,
         profile=profile,
-        expand_s_per_layer=sum(expansion.layers_s) / num_layers,
-        other_s_per_layer=max(0.0, profile.compute_s - expansion.sweep_s) / num_layers,
+        expand_s_per_layer=(expand_s - expansion.head_s) / num_layers,
+        other_s_per_layer=max(0.0, profile.compute_s - expand_s) / num_layers,
         preemptions=run.preemptions,
     )
 

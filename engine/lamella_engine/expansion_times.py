@@ -25,19 +25,25 @@ class ExpansionTimes:
     """Seconds of expanding in a sweep; 0 for what stays ready to be computed with.
 
     Attributes:
-        layers_s: of each layer.
+        layers_s: of each layer, with all experts.
         head_s: of the head, where it passes in blocks or stays packed.
         sweep_s: of all together. The few rows of an embedding table are not in it.
+        experts_s: the part of it that is for experts which a sweep of few tokens expands only if they are visited.
+        num_expert_layers: layers that have such experts.
     """
 
     layers_s: tuple[float, ...]
     head_s: float
     sweep_s: float
+    experts_s: float = 0.0
+    num_expert_layers: int = 0
 
-    @classmethod
-    def of(cls, layers_s: list[float], head_s: float) -> ExpansionTimes:
-        """With their sum."""
-        return cls(tuple(layers_s), head_s, sum(layers_s) + head_s)
+    def of_sweep(self, visited: float, experts_in_layer: int) -> float:
+        """Seconds of a sweep that visited so many of those experts, 0 where it had all of them at hand."""
+        there_are = self.num_expert_layers * experts_in_layer
+        if not visited or not there_are:
+            return self.sweep_s
+        return self.sweep_s - self.experts_s * max(0.0, 1.0 - visited / there_are)
 
 
 class ExpansionClock:

@@ -207,7 +207,7 @@ class _Opener:
         self._resources = resources
         self._is_pinned = machine.device.type == "cuda"
         self._kept = ExitStack()
-        self._packed_head: torch.Tensor | None = None  # where it stays on the device
+        self._packed_head: torch.Tensor | None = None  # the whole head, where it stays packed on the device
 
     def open(self, tier: RamTier) -> SweepModel:
         loader = Loader(self._machine.device, tier, self._machine.style)
@@ -289,8 +289,7 @@ class _Opener:
             number: loader.to_device(number, placed[number].piece, own.get(number), home)
             for number, home in zip(staying, homes, strict=True)
         }
-        if len(bindings) in on_device:  # one block, the whole head
-            self._packed_head = on_device[len(bindings)].tensor
+        self._packed_head = on_device[len(bindings)].tensor if len(bindings) in on_device else None
         in_ram = {number: loader.to_ram(placed[number].piece) for number in by_tier[Tier.RAM]}
         count = min(self._plan.device_slots, len(placed) - len(on_device))
         buffers = _split([self._plan.slot_bytes] * count, transfer.allocate)

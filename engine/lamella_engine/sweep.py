@@ -230,16 +230,18 @@ class SweepModel:
         self._is_interrupted = True  # the next sweep begins anew, with what it needs
         self._stream.expect(ALL_TOKENS)
         self._stream.rewind()
-        seconds = []
+        layers_s, experts_s, head = [], [], self._streamed_head
         with torch.inference_mode():
             for number, binding in enumerate(self._bindings):
                 slot = self._stream.acquire(number)
-                run, is_recorded = partial(binding.expand, slot), number not in self._unrecorded
-                seconds.append(clock.seconds(run, is_recorded=is_recorded) if binding.expands(slot) else 0.0)
+                timed = partial(clock.seconds, is_recorded=number not in self._unrecorded)
+                layers_s.append(timed(partial(binding.expand, slot)) if binding.expands(slot) else 0.0)
+                if layers_s[-1] and self._stream.fetches(number):
+                    rest_s = timed(partial(binding.expand, slot._replace(is_sparse=True)))
+                    experts_s.append(max(0.0, layers_s[-1] - rest_s))
                 self._stream.release(number)
-            head = self._streamed_head
             head_s = 0.0 if head is None else sum(self._timed_blocks(head, clock))
-        return ExpansionTimes.of(seconds, head_s)
+        return ExpansionTimes(tuple(layers_s), head_s, sum(layers_s) + head_s, sum(experts_s), len(experts_s))
 
     def _timed_blocks(self, head: StreamedHead, clock: ExpansionClock) -> Iterator[float]:
         for number in head.pieces:

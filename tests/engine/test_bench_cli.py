@@ -187,13 +187,28 @@ def test_what_expanding_takes_is_told_apart_from_the_rest(root: Path, tiny_check
     assert "what else a layer takes, beside moving it" in shown.stdout
 
 
+def test_experts_that_are_not_visited_are_not_expanded(root: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
+    name = ShardStore(root).ensure("tiny", source=tiny_checkpoint("qwen3_moe"), form=StoredForm(quant="nf4")).name
+
+    told = measured(name, *QUICK, "--ram", "0", "--sequences", "1")
+
+    expansion, (row,) = told["expansion"], told["rows"]
+    share = row["profile"]["experts_visited"] / (4 * expansion["num_expert_layers"])
+    assert expansion["num_expert_layers"] == 4
+    assert 0 < share < 1
+    assert 0 < expansion["experts_s"] < expansion["sweep_s"]
+    unvisited_s = expansion["experts_s"] * (1 - share)
+    assert row["profile"]["expand_s"] == pytest.approx(expansion["sweep_s"] - unvisited_s)
+
+
 def test_nothing_is_expanded_where_layers_stay_ready(root: Path, tiny_checkpoint: Callable[[str], Path]) -> None:
     name = ShardStore(root).ensure("tiny", source=tiny_checkpoint("llama"), form=StoredForm(quant="nf4")).name
 
     told = measured(name, *QUICK, "--ram", "1GiB", "--sequences", "1")
     shown = run(name, *QUICK, "--ram", "1GiB", "--sequences", "1")
 
-    assert told["expansion"] == {"layers_s": [0.0] * 4, "head_s": 0.0, "sweep_s": 0}
+    assert told["expansion"]["layers_s"] == [0.0] * 4
+    assert told["expansion"]["sweep_s"] == told["expansion"]["head_s"] == 0
     assert told["rows"][0]["expand_s_per_layer"] == 0
     assert "expanding" not in shown.stdout
     assert "a layer takes, beside moving it" in shown.stdout
