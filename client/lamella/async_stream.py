@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-import redis.asyncio
 from redis.exceptions import RedisError
 
+from lamella.async_channels import Inbox
 from lamella.connection import READER_SOCKET_TIMEOUT_S, AsyncConnection, check_seconds
 from lamella.operations import check_job_id
 from lamella.stream import check_after
@@ -42,11 +42,10 @@ async def _items(
             try:
                 if subscription is None:
                     subscription = _Subscription(connection, order)
-                async with asyncio.timeout(wait_s + READER_SOCKET_TIMEOUT_S):
-                    items = await subscription.next_items(wait_s, clock)
+                items = await subscription.next_items(wait_s, clock)
             except (RedisError, OSError) as error:
                 if subscription is not None:
-                    await subscription.close()
+                    subscription.close()
                     subscription = None
                 connection.check_open()
                 await asyncio.sleep(clock.failed(error))
@@ -55,47 +54,38 @@ async def _items(
                 yield item
     finally:
         if subscription is not None:
-            await subscription.close()
+            subscription.close()
 
 
 class _Subscription:
     """One subscription to a job's channel, with the stored events beside it."""
 
     def __init__(self, connection: AsyncConnection, order: StreamOrder) -> None:
+        self._connection = connection
         self._redis = connection.reader()
-        self._keys = connection.keys
         self._order = order
-        self._confirmed = False
-        self._pubsub = self._redis.pubsub()
+        self._inbox: Inbox | None = None
 
     async def next_items(self, wait_s: float, clock: StreamClock) -> list[StreamItem]:
         """Return what came within `wait_s`, if anything."""
-        if not self._confirmed:
-            await self._subscribe(wait_s)
+        if self._inbox is None:
+            async with asyncio.timeout(wait_s + READER_SOCKET_TIMEOUT_S):
+                channel = self._connection.keys.channel(self._order.job_id)
+                self._inbox = await self._connection.channels.follow(channel)
             self._order.behind = True
-        if self._order.behind:
+        if not self._order.behind and (texts := await self._inbox.take(wait_s)):
+            return [item for text in texts for item in self._order.live(text)]
+        async with asyncio.timeout(wait_s + READER_SOCKET_TIMEOUT_S):
             return await self._stored(clock)
-        message = await self._pubsub.get_message(timeout=wait_s)
-        if message is None:
-            return await self._stored(clock)
-        if message["type"] != "message":
-            return []
-        return self._order.live(str(message["data"]))
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Give up the subscription."""
-        await self._pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py leaves it bare
-
-    async def _subscribe(self, wait_s: float) -> None:
-        await self._pubsub.subscribe(self._keys.channel(self._order.job_id))
-        message = await self._pubsub.get_message(timeout=wait_s)
-        if message is None or message["type"] != "subscribe":
-            raise redis.TimeoutError("the subscription was not confirmed")
-        self._confirmed = True
+        if self._inbox is not None:
+            self._connection.channels.leave(self._inbox)
 
     async def _stored(self, clock: StreamClock) -> list[StreamItem]:
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            for command in self._order.stored_commands(self._keys).commands:
+        async with self._connection.stored_reads, self._redis.pipeline(transaction=True) as pipeline:
+            for command in self._order.stored_commands(self._connection.keys).commands:
                 pipeline.execute_command(*command)
             raw = await pipeline.execute()
         clock.answered()

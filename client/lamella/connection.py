@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError
 from redis.retry import Retry
 
+from lamella.async_channels import AsyncChannels
 from lamella.errors import LamellaError, RequestError
 from lamella.keep_time import resolve_keep_s
 from lamella.key_ring import KEYS_VARIABLE, KeyRing, load_key_ring
@@ -34,6 +35,7 @@ from lamella.steps import Operation, Result, Step
 
 READER_SOCKET_TIMEOUT_S = 2.0
 MAX_CONNECTIONS = 1000
+STORED_READS = 16
 RETRY_PAUSE_S = 0.1
 HEALTH_CHECK_S = 15
 
@@ -205,7 +207,12 @@ class Connection:
 
 
 class AsyncConnection:
-    """A pool of asyncio connections, for use within one event loop; parallel to `Connection`."""
+    """A pool of asyncio connections, for use within one event loop; parallel to `Connection`.
+
+    Attributes:
+        channels: what is published for the streams, over one connection.
+        stored_reads: bounds how many streams read what is stored at once, each on a connection.
+    """
 
     def __init__(self, url: str | None, prefix: str, timeout_s: float, privacy: Privacy | None = None) -> None:
         self.url = resolve_url(url)
@@ -215,6 +222,8 @@ class AsyncConnection:
         self.timeout_s = check_seconds("timeout_s", timeout_s)
         self._commands = async_redis(self.url, self.timeout_s / 3)
         self._readers = async_redis(self.url, READER_SOCKET_TIMEOUT_S)
+        self.channels = AsyncChannels(self._readers.connection_pool)
+        self.stored_reads = asyncio.Semaphore(STORED_READS)
         self._closed = False
 
     async def run(self, operation: Operation[Result]) -> Result:
@@ -249,6 +258,7 @@ class AsyncConnection:
     async def close(self) -> None:
         """Close every connection, also those of unfinished streams; harmless when repeated."""
         self._closed = True
+        await self.channels.close()
         for client in (self._commands, self._readers):
             await client.aclose()
             await client.connection_pool.disconnect()
