@@ -97,7 +97,8 @@ class AsyncChannels:
         """
         async with self._opening:
             if self._link is None or not self._link.is_open:
-                self._link = _Link(self._pool, await self._pool.get_connection())
+                connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it bare
+                self._link = _Link(self._pool, connection)
             link = self._link
         return await link.follow(channel)
 

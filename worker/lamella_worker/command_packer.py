@@ -1,15 +1,15 @@
 """Redis commands as bytes, for connections that send a script call for every token.
 
-Owns the framing (RESP: a count, then each word with its length) of plain text and whole numbers; anything else is left
-to redis-py, which joins what it has so far anew for every word. `registry` opens its connections with it.
+Owns the framing (RESP: a count, then each word with its length), which hiredis does in C; what it does not take is left
+to redis-py. `registry` opens its connections with it.
 """
 
 from __future__ import annotations
 
+import hiredis
 from redis._parsers import Encoder
 from redis.connection import PythonRespSerializer
 
-_PLAIN = frozenset((str, int))
 _LONG_BYTES = 6000  # redis-py's own bound, above which it does not join
 
 
@@ -26,9 +26,10 @@ class CommandPacker:
         Raises:
             DataError: an argument is neither text, bytes nor a number.
         """
-        if _PLAIN.issuperset(map(type, args)) and " " not in str(args[0]):
-            text = f"*{len(args)}\r\n" + "".join([f"${len(word)}\r\n{word}\r\n" for word in map(str, args)])
-            if text.isascii():  # then characters are bytes, and the lengths are right
-                return [text.encode("ascii")]
+        if " " not in str(args[0]):
+            try:
+                return [hiredis.pack_command(args)]  # type: ignore[arg-type]  # its stub says one word, and no bool
+            except (TypeError, UnicodeEncodeError):
+                pass  # bytes that are no text, or what nobody takes: redis-py tells them apart
         packed: list[bytes] = self._theirs.pack(*args)  # type: ignore[no-untyped-call]  # as above
         return packed

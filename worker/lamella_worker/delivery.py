@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lamella.messages import JobEvent, Progress
 from lamella.registry_calls import EmitReply, EmitStatus, emit_call
+from lamella.script_call import ScriptCall
 from lamella_worker.failpoints import pass_point
 from lamella_worker.job_watch import NO_WATCH, JobWatch
 from lamella_worker.registry import Registry, RegistryAway, RegistryBroken
@@ -116,21 +117,9 @@ class Delivery:
         self, emissions: Sequence[Emission], notices: Sequence[tuple[str, str]]
     ) -> list[tuple[Emission, RegistryAway]]:
         failures: list[tuple[Emission, RegistryAway]] = []
-        calls = [
-            emit_call(
-                self._registry.keys,
-                e.job.job_id,
-                e.job.fence,
-                e.job.next_seq,
-                self._lease_ms,
-                e.events,
-                e.job.seal.encode,
-            )
-            for e in emissions
-        ]
         is_end = any(e.outcome is Outcome.ENDED for e in emissions)
         pass_point("end" if is_end else "emit")
-        replies = self._registry.call_many(calls, notices)
+        replies = self._registry.call_many(map(self._call, emissions), notices)
         pass_point("ended" if is_end else "emitted")
         for emission, reply in zip(emissions, replies, strict=True):
             if isinstance(reply, RegistryAway):
@@ -140,6 +129,18 @@ class Delivery:
             else:
                 self._stored(emission, reply)
         return failures
+
+    def _call(self, emission: Emission) -> ScriptCall[EmitReply]:
+        job = emission.job
+        return emit_call(
+            self._registry.keys,
+            job.job_id,
+            job.fence,
+            job.next_seq,
+            self._lease_ms,
+            emission.events,
+            job.seal.encode,
+        )
 
     def _stored(self, emission: Emission, reply: EmitReply) -> None:
         job = emission.job

@@ -7,7 +7,7 @@ means is in `lamella.registry_calls`. Never retries by itself: the callers know 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar, cast
 
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 Reply = TypeVar("Reply")
 
 PAGE = 1000  # stream entries read at once
+GROUP = 16  # calls sent at once
 _PASSING_ERRORS = (
     redis.ConnectionError,
     redis.TimeoutError,
@@ -102,33 +103,51 @@ class Registry:
         return answer
 
     def call_many(
-        self, calls: Sequence[ScriptCall[Reply]], notices: Sequence[tuple[str, str]] = ()
+        self, calls: Iterable[ScriptCall[Reply]], notices: Sequence[tuple[str, str]] = ()
     ) -> list[Reply | RegistryAway | RegistryBroken]:
         """Run scripts in one round trip and publish `notices` (channel, text) along with them.
+
+        They are sent in groups, each made when the one before is on its way: so the first events reach their readers
+        while the last are still written.
 
         Returns:
             One entry a call, in order: its reply, or why there is none. A notice that fails is forgotten.
         """
-        raw = self._send(calls, notices)
+        made: list[ScriptCall[Reply]] = []
+        raw = self._send(_noted(calls, made), made, notices)
         forgotten = [index for index, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
         if forgotten:
             self._shas.clear()
-            again = self._send([calls[index] for index in forgotten], ())
-            for index, answer in zip(forgotten, again, strict=True):
+            again: list[ScriptCall[Reply]] = []
+            answers = self._send(_noted((made[index] for index in forgotten), again), again, ())
+            for index, answer in zip(forgotten, answers, strict=True):
                 raw[index] = answer
-        return [_read(call, answer) for call, answer in zip(calls, raw, strict=True)]
+        return [_read(call, answer) for call, answer in zip(made, raw, strict=True)]
 
-    def _send(self, calls: Sequence[ScriptCall[Reply]], notices: Sequence[tuple[str, str]]) -> list[object]:
+    def _send(
+        self, calls: Iterator[ScriptCall[Reply]], made: list[ScriptCall[Reply]], notices: Sequence[tuple[str, str]]
+    ) -> list[object]:
+        """Send what `calls` yields and notes in `made`; returns one answer for each."""
+        pool = self._client.connection_pool
         try:
-            shas = [self._sha(call.script) for call in calls]
-            with self._client.pipeline(transaction=False) as pipe:
-                for call, sha in zip(calls, shas, strict=True):
-                    pipe.evalsha(sha, len(call.keys), *call.keys, *call.args)
-                for channel, text in notices:
-                    pipe.publish(channel, text)
-                return list(islice(pipe.execute(raise_on_error=False), len(calls)))
+            connection = pool.get_connection()
+            try:
+                while group := [self._command(call) for call in islice(calls, GROUP)]:
+                    _write(connection, group, is_first=len(made) <= GROUP)
+                if notices:
+                    _write(connection, [("PUBLISH", *notice) for notice in notices], is_first=not made)
+                return [_answer(connection) for _ in range(len(made) + len(notices))][: len(made)]
+            except BaseException:
+                # Answers that nobody reads would be taken for those of the next commands.
+                connection.disconnect()  # type: ignore[no-untyped-call]  # redis-py leaves it bare
+                raise
+            finally:
+                pool.release(connection)
         except RedisError as error:
-            return [error] * len(calls)
+            return [error] * (len(made) + sum(1 for _ in calls))
+
+    def _command(self, call: ScriptCall[Reply]) -> tuple[str | int, ...]:
+        return ("EVALSHA", self._sha(call.script), len(call.keys), *call.keys, *call.args)
 
     def _sha(self, script: ScriptName) -> str:
         if script not in self._shas:
@@ -202,6 +221,26 @@ def _token_ids(fields: dict[str, str], seq: int, opened: Callable[[int, str], st
     if not isinstance(event, TokenEvent):
         raise StreamLost(f"event {seq} is {event.type}, yet the job goes on")
     return event.token_ids
+
+
+def _noted(calls: Iterable[Reply], made: list[Reply]) -> Iterator[Reply]:
+    for call in calls:
+        made.append(call)
+        yield call
+
+
+def _write(connection: redis.Connection, commands: Iterable[tuple[str | int, ...]], *, is_first: bool) -> None:
+    """Send commands; before the first of them a connection that was long unused is tried."""
+    pack: Callable[..., list[bytes]] = connection.pack_command  # redis-py leaves it bare
+    text = b"".join([part for command in commands for part in pack(*command)])
+    connection.send_packed_command([text], check_health=is_first)  # type: ignore[no-untyped-call]  # as above
+
+
+def _answer(connection: redis.Connection) -> object:
+    try:
+        return connection.read_response()
+    except ResponseError as error:
+        return error
 
 
 def _read(call: ScriptCall[Reply], answer: object) -> Reply | RegistryAway | RegistryBroken:
