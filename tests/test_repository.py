@@ -19,7 +19,7 @@ from tools.fetch_smollm2 import GGUF_NAME, REQUIREMENT, FetchError, fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CLIENT_ONLY = {"redis", "pydantic", "typer", "rich"}
+CLIENT_ONLY = {"redis", "hiredis", "pydantic", "typer", "rich"}
 
 
 def _constraints() -> dict[str, Requirement]:
