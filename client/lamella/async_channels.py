@@ -16,7 +16,7 @@ import redis
 import redis.asyncio
 from redis.exceptions import RedisError, ResponseError
 
-LOOK_S = 5.0  # how often it is looked whether the connection is still wanted, and still answers
+LOOK_S = 5.0
 QUIET_LOOKS = 3  # so many of them without a word, and the server is asked for one; no answer by the next: it is lost
 ANSWER_S = 2.0  # for the server to confirm a subscription
 END_S = 2.0  # for the tasks to end, which wait for nothing
@@ -82,15 +82,19 @@ class AsyncChannels:
 
     Args:
         pool: where the connection comes from, and goes back to when no stream wants it any more.
+        look_s: how often it is looked whether the connection is still wanted, and still answers.
     """
 
-    def __init__(self, pool: redis.asyncio.ConnectionPool) -> None:
+    def __init__(self, pool: redis.asyncio.ConnectionPool, look_s: float = LOOK_S) -> None:
         self._pool = pool
+        self._look_s = look_s
         self._opening = asyncio.Lock()
         self._link: _Link | None = None
 
     async def follow(self, channel: str) -> Inbox:
         """Subscribe to a channel; what is published from now on comes into the inbox. `leave` belongs to it.
+
+        The caller bounds how long the server may take to be reached.
 
         Raises:
             RedisError, OSError: the server does not answer, or refuses.
@@ -98,7 +102,7 @@ class AsyncChannels:
         async with self._opening:
             if self._link is None or not self._link.is_open:
                 connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it bare
-                self._link = _Link(self._pool, connection)
+                self._link = _Link(self._pool, connection, self._look_s)
             link = self._link
         return await link.follow(channel)
 
@@ -116,8 +120,9 @@ class AsyncChannels:
 class _Link:
     """One connection from its first subscription to its end; it never connects twice."""
 
-    def __init__(self, pool: redis.asyncio.ConnectionPool, connection: redis.asyncio.Connection) -> None:
+    def __init__(self, pool: redis.asyncio.ConnectionPool, connection: redis.asyncio.Connection, look_s: float) -> None:
         self._pool = pool
+        self._look_s = look_s
         self._connection = connection
         self._inboxes: dict[str, set[Inbox]] = {}
         self._asked: deque[asyncio.Future[None]] = deque()  # the server answers in the order of questions
@@ -212,7 +217,7 @@ class _Link:
     async def _keep(self) -> None:
         try:
             while not self._reader.done() and self._is_wanted():
-                await asyncio.wait({self._reader}, timeout=LOOK_S)
+                await asyncio.wait({self._reader}, timeout=self._look_s)
         finally:
             self._lose("the connection for the streams is closed")
             self._reader.cancel()
@@ -227,7 +232,7 @@ class _Link:
             self._quiet_looks += 1
             if not self._inboxes or self._quiet_looks > QUIET_LOOKS:
                 return False
-            if self._quiet_looks == QUIET_LOOKS:
+            if self._quiet_looks == QUIET_LOOKS:  # an answer is something heard
                 self._asking("PING")
             return True
         self._has_heard, self._quiet_looks = False, 0

@@ -37,6 +37,7 @@ from lamella.registry_calls import (
     SubmitStatus,
     cancel_call,
     retry_call,
+    served_only,
     submit_call,
 )
 from lamella.request_draft import RequestDraft
@@ -66,10 +67,18 @@ def submit(keys: Keys, draft: RequestDraft | EmbedDraft, ring: KeyRing | None = 
         prior = yield commands(("HMGET", keys.idempotency(idempotency.key), "job", "hash"))
         if job_id := _prior_job(answers(prior)[0], idempotency.key, hashes):
             return job_id
+    if draft.model is not None and ring is None:  # the script looks for a worker by itself, in the same round trip
+        request = draft.request(draft.model)
+        sent = yield from _send(keys, request, draft.terms, idempotency, ring, must_be_served=draft.require_worker)
+        if sent is not None:
+            return sent
     model = yield from choose_model(keys, draft)
     if ring is not None and draft.require_worker:
         yield from _check_key(keys, ring.key_id, model)
-    return (yield from _send(keys, draft.request(model), draft.terms, idempotency, ring))
+    sent = yield from _send(keys, draft.request(model), draft.terms, idempotency, ring)
+    if sent is None:
+        raise DecodeError("the server says that no worker serves the model, which it was not asked")
+    return sent
 
 
 def _send(
@@ -78,14 +87,20 @@ def _send(
     terms: QueueTerms,
     idempotency: Idempotency | None,
     ring: KeyRing | None,
-) -> Operation[str]:
+    *,
+    must_be_served: bool = False,
+) -> Operation[str | None]:
+    """Send the job and return its id; None where no live worker serves the model and one must."""
     job_id = uuid.uuid4().hex
     stored = seal_request(ring, job_id, request.model_dump_json(exclude_none=True)) if ring is not None else None
     with submission("lamella.submit", request.model) as trace:
         call = submit_call(keys, job_id, request, terms, idempotency, stored, trace.traceparent)
+        call = served_only(call) if must_be_served else call
         reply = call.decode((yield call))
         trace.accepted(reply.job_id, reply.status.value)
     match reply.status:
+        case SubmitStatus.UNSERVED:
+            return None
         case SubmitStatus.CREATED | SubmitStatus.EXISTS | SubmitStatus.DUPLICATE:
             return reply.job_id
         case SubmitStatus.CONFLICT:

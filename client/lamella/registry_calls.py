@@ -10,6 +10,7 @@ Connections must use ``protocol=2``; text and bytes replies are both read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class SubmitStatus(StrEnum):
     USER_FULL = "user_full"  # the same for this user's
     USER_TOKENS = "user_tokens"  # the user's jobs, this one included, are estimated at more tokens than may be
     HOPELESS = "hopeless"  # its deadline is sure to pass before it is done
+    UNSERVED = "unserved"  # no live worker has slots for the model, which was asked for
     DUPLICATE = "duplicate"  # this job id is already there: an earlier try of the same submit was accepted
 
 
@@ -208,6 +210,11 @@ def submit_call(
     )
 
 
+def served_only(call: ScriptCall[SubmitReply]) -> ScriptCall[SubmitReply]:
+    """The same submit, refused as UNSERVED where no live worker serves the model."""
+    return replace(call, args=(*call.args, 1))
+
+
 def claim_call(keys: Keys, job_id: str, worker: str, lease_ms: int, max_attempts: int) -> ScriptCall[ClaimReply]:
     """Take a job for `worker`; a job already claimed `max_attempts` times is ended in Failed instead."""
     poison = encode_event(poison_event(job_id, max_attempts))
@@ -343,7 +350,12 @@ def _decode_claim(raw: object) -> ClaimReply:
     return ClaimReply(status, fence, attempts, seq, read_text(request_json), read_integer(was_left) == 1)
 
 
+_EMITTED = EmitReply(EmitStatus.OK, False)
+
+
 def _decode_emit(raw: object) -> EmitReply:
+    if raw == ["ok", 0]:  # of each token
+        return _EMITTED
     status, stop = read_items(raw, "emit", 2)
     return EmitReply(read_member(EmitStatus, status), read_integer(stop) == 1, read_integer(stop) == 2)
 

@@ -8,13 +8,13 @@
 local FIXED = 9
 local job_id = ARGV[3]
 local is_end, job = ARGV[7] ~= '', nil
-local fence, stored, cancel, state, deadline
+local fence, stored, cancel, state, deadline, tokens
 if is_end then
   job, fence, stored, cancel = read_job(job_id, 'fence', 'seq', 'cancel')
   state, deadline = job.state, job.deadline
 else
-  local held = redis.call('HMGET', KEYS[1], 'fence', 'seq', 'cancel', 'state', 'deadline')
-  fence, stored, cancel, state, deadline = held[1], held[2], held[3], held[4], tonumber(held[5] or nil)
+  local held = redis.call('HMGET', KEYS[1], 'fence', 'seq', 'cancel', 'state', 'deadline', 'tokens')
+  fence, stored, cancel, state, deadline, tokens = held[1], held[2], held[3], held[4], tonumber(held[5] or nil), held[6]
 end
 if not fence then return {'missing', 0} end
 if fence ~= ARGV[4] then return {'fenced', 0} end
@@ -37,8 +37,8 @@ if is_end then
   close_record(job_id, ARGV[7], ARGV[#ARGV], now, 'seq', seq, 'tokens', job.tokens)
   dispatch(job.model, AT_END, now)
 else
-  if ARGV[8] ~= '0' then redis.call('HINCRBY', KEYS[1], 'tokens', ARGV[8]) end
-  redis.call('HSET', KEYS[1], 'lease_until', now + tonumber(ARGV[6]), 'seq', seq)
+  redis.call('HSET', KEYS[1], 'lease_until', now + tonumber(ARGV[6]), 'seq', seq,
+    'tokens', number(tokens) + tonumber(ARGV[8]))
 end
 for i = 1, events do
   redis.call('PUBLISH', P .. 'ch:' .. job_id, string.format('%d ', first + i - 1) .. ARGV[FIXED + i])

@@ -18,7 +18,8 @@
 --
 -- KEYS job, idem (any key if unused)
 -- ARGV prefix, ttl_s, job_id, version, model, request, max_queued, jobs_listed, idem_ttl_s, request_hash ('' = none),
---   user, class, prompt_cost, max_tokens, deadline_ms from now (0 = none), tokens it must bring, trace ('' = none)
+--   user, class, prompt_cost, max_tokens, deadline_ms from now (0 = none), tokens it must bring, trace ('' = none),
+--   1 if a live worker must serve the model (may be left out)
 -- Returns {created|exists|conflict|full|user_full|user_tokens|hopeless|duplicate, job_id, jobs (or tokens) waiting, limit,
 --   retry after ms, estimated ms to its start}
 local job_id, model, user, class = ARGV[3], ARGV[5], ARGV[11], ARGV[12]
@@ -36,6 +37,10 @@ if ARGV[10] ~= '' then
   end
 end
 if redis.call('EXISTS', KEYS[1]) == 1 then return {'duplicate', job_id, queued, 0, 0, 0} end
+
+if ARGV[18] == '1' and number(redis.call('GET', P .. 'capacity:' .. model)) == 0 then
+  return {'unserved', '', queued, 0, 0, 0}
+end
 
 local cost = number(ARGV[13]) + number(ARGV[14])
 local limits = limits_of(user)
