@@ -28,6 +28,8 @@ from lamella.errors import (
 from lamella.keys import Keys
 from lamella.messages import JobState, TokenLogprob, decode_request
 from lamella.registry_calls import CancelStatus
+from lamella.request_draft import draft_request
+from lamella.script_call import ScriptCall, ScriptName
 from tests.client.acting_worker import MODEL, ActingWorker, done, failed, token
 from tests.client.lossy_proxy import LossyProxy
 from tests.waiting import wait_until
@@ -298,6 +300,18 @@ def test_a_record_of_a_newer_version_does_not_hide_the_others(
 
     assert [job.job_id for job in client.jobs()] == [old]
     assert new in caplog.text
+
+
+def test_a_submit_that_names_its_model_is_one_exchange() -> None:
+    steps = operations.submit(KEYS, draft_request("x", {"model": "m"}))
+
+    call = next(steps)
+    with pytest.raises(StopIteration) as end:
+        steps.send(["created", "job-1", 1, 0, 0, 0])
+
+    assert isinstance(call, ScriptCall)
+    assert call.script is ScriptName.SUBMIT
+    assert end.value.value == "job-1"
 
 
 def test_operations_ask_for_no_more_workers_than_needed() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import fakeredis
 import pytest
 import redis
 
 from lamella.keys import Keys
 from lamella.messages import TokenEvent
-from lamella.registry_calls import ClaimStatus, NudgeStatus, claim_call, emit_call, nudge_call
+from lamella.registry_calls import ClaimReply, ClaimStatus, NudgeStatus, claim_call, emit_call, nudge_call
+from lamella.script_call import ScriptCall
 from lamella_worker import registry as registry_module
-from lamella_worker.registry import Registry, RegistryAway, RegistryBroken, StreamLost
+from lamella_worker.registry import GROUP, Registry, RegistryAway, RegistryBroken, StreamLost
 from tests.worker.conftest import Jobs
 
 
@@ -40,6 +43,37 @@ def test_calls_in_one_round_trip_answer_each_for_itself(registry: Registry, jobs
     answers = registry.call_many([nudge_call(registry.keys, job, "tiny", 1000) for job in ("a", "none")])
 
     assert answers == [NudgeStatus.WAITING, NudgeStatus.GONE]
+
+
+def test_more_calls_than_go_out_at_once_are_answered_in_order_also_when_scripts_are_forgotten(
+    registry: Registry, jobs: Jobs, fake_redis: redis.Redis
+) -> None:
+    names = [f"job-{number}" for number in range(2 * GROUP + 3)]
+    for name in names[::2]:
+        jobs.submit(name)
+    claim(registry, names[0])
+    fake_redis.script_flush()
+
+    calls = (claim_call(registry.keys, name, "w1", 5000, 3) for name in names)
+    answers = registry.call_many(calls, notices=[("news", "one"), ("news", "two")])
+
+    statuses = [answer.status for answer in answers if isinstance(answer, ClaimReply)]
+    ok, held, missing = ClaimStatus.OK, ClaimStatus.HELD, ClaimStatus.MISSING
+    assert statuses == [held, *([missing, ok] * (GROUP + 1))]
+
+
+def test_a_call_that_cannot_be_made_leaves_no_answer_behind_for_the_next(registry: Registry, jobs: Jobs) -> None:
+    jobs.submit("a")
+
+    def calls() -> Iterator[ScriptCall[ClaimReply]]:
+        for _ in range(GROUP):
+            yield claim_call(registry.keys, "none", "w1", 5000, 3)
+        raise ValueError("a terminal event must be the last one")
+
+    with pytest.raises(ValueError, match="terminal"):
+        registry.call_many(calls())
+
+    assert claim(registry, "a").status is ClaimStatus.OK
 
 
 def test_a_server_that_is_away_is_told_from_a_refusal(
