@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -51,7 +52,7 @@ class ExpansionClock:
 
     def __init__(self, device: torch.device, recorder: Recorder | None) -> None:
         self._recorder = recorder
-        self._seconds = _event_seconds if device.type == "cuda" else _clock_seconds
+        self._seconds = partial(_event_seconds, device) if device.type == "cuda" else _clock_seconds
 
     def seconds(self, run: Callable[[], None], *, is_recorded: bool) -> float:
         """Of one run, the median of some; `is_recorded` where a sweep replays it from a recording."""
@@ -74,10 +75,11 @@ def _clock_seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - began_s
 
 
-def _event_seconds(run: Callable[[], None]) -> float:
+def _event_seconds(device: torch.device, run: Callable[[], None]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call] # torch's
-    begin.record()
+    stream = torch.cuda.current_stream(device)
+    begin.record(stream)
     run()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
