@@ -120,7 +120,7 @@ class ShardStore:
     def _repaired(
         self, manifest: Manifest, error: ShardError, offline: bool, hub_token: str | None, report: Progress
     ) -> Manifest:
-        request = shard_repair.request_again(manifest, hub_token, report, offline=offline)
+        request = shard_repair.request_again(manifest, self._stored, hub_token, report, offline=offline)
         if request is None:
             raise error
         with self._lock(manifest.name).held(manifest.name, self._build_wait_s):
@@ -286,16 +286,17 @@ class ShardStore:
         """The checkpoint on this host that was named; None if none was, or only the model built from it is left."""
         origin = wanted.origin
         base, _ = names.split_variant(wanted.name)
-        if wanted.quant is not None and wanted.dtype is None and self._is_published(base):
-            manifest = self._published(base)
-            if origin is None or manifest.source == str(origin.resolve()):
-                return StoredCheckpoint(self._open(manifest, silent), manifest)
+        is_packed_of = wanted.quant is not None and wanted.dtype is None and self._is_published(base)
+        if is_packed_of and (origin is None or self._published(base).source == str(origin.resolve())):
+            return self._stored(base)
         if origin is None or not os.path.exists(origin):
             return None
         is_built = self._is_published(wanted.name) and self._published(wanted.name).source == str(origin.resolve())
-        if is_built and origin.is_dir() and not has_weights(origin):
-            return None
-        return open_source(origin, expand_to=wanted.dtype)
+        is_gone = is_built and origin.is_dir() and not has_weights(origin)
+        return None if is_gone else open_source(origin, expand_to=wanted.dtype)
+
+    def _stored(self, name: str) -> StoredCheckpoint:
+        return StoredCheckpoint(self._open(manifest := self._published(name), silent), manifest)
 
     def _current(self, wanted: WantedModel, local: _Local | None) -> Manifest | None:
         """What is published if it is what is wanted; None if it has to be built."""
@@ -354,9 +355,8 @@ class ShardStore:
     def _built(self, request: BuildRequest, progress: Progress) -> Manifest:
         """Build, with room made for it; a model of the store that it is built from stays meanwhile."""
         base, _ = names.split_variant(request.name)
-        room = self._room_for(request.name)
         with using(self.root, base) if self._is_published(base) else contextlib.nullcontext():
-            return shard_builder.build(request, self._directory(request.name), progress, room)
+            return shard_builder.build(request, self._directory(request.name), progress, self._room_for(request.name))
 
     def _room_for(self, name: str) -> Callable[[int], object]:
         """What makes room for the model `name`, for which neither it nor what it is packed from goes."""

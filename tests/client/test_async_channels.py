@@ -16,6 +16,7 @@ from lamella.connection import async_redis
 from lamella.embedded import EmbeddedServer
 from lamella.keys import Keys
 from tests.client.acting_worker import ActingWorker, done, token
+from tests.waiting import wait_until
 
 KEYS = Keys()
 WAIT_S = 40.0
@@ -28,9 +29,7 @@ async def client(embedded_server: EmbeddedServer) -> AsyncIterator[AsyncClient]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.01)
+    await asyncio.to_thread(wait_until, condition)
 
 
 def subscriptions(server: redis.Redis) -> list[int]:
@@ -102,8 +101,7 @@ async def test_a_stream_that_is_cancelled_while_it_begins_breaks_no_other(
     for _ in range(30):
         stream = client.job(job.id).stream(timeout_s=WAIT_S)
         beginning = asyncio.ensure_future(anext(stream))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await asyncio.wait({beginning}, timeout=0.0)
         beginning.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await beginning
@@ -194,7 +192,6 @@ async def test_a_stream_that_is_read_late_has_every_event(
 
     for _ in range(12):
         worker.emit(job.id, *(token("x") for _ in range(100)))
-    await asyncio.sleep(0)
     worker.emit(job.id, done(1201))
 
     assert [item.seq async for item in stream] == list(range(2, 1203))

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,6 +176,65 @@ def test_a_killed_build_goes_on_with_what_is_packed(tiny_checkpoint: Callable[[s
 
     after = {path.name: path.stat().st_mtime_ns for path in whole.directory.glob("layer-*")}
     assert {name for name in times if times[name] != after[name]} == {"layer-00002.safetensors"}
+
+
+def damage(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("place", ["the full model", "the checkpoint"])
+@pytest.mark.parametrize("quant", ["nf4", "int8,layers.0=bf16"])
+def test_a_damaged_packed_file_is_set_aside_and_packed_again(
+    place: str, quant: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    store, source = ShardStore(tmp_path / "store"), tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    if place == "the full model":
+        store.ensure("tiny", source=source)
+    packed = store.ensure("tiny", source=source, form=StoredForm(quant=quant, quant_device="cpu"))
+    before = {path.name: path.read_bytes() for path in packed.directory.glob("*.safetensors")}
+    times = {path.name: path.stat().st_mtime_ns for path in packed.directory.glob("layer-*")}
+    damage(packed.directory / "layer-00001.safetensors")
+    (packed.directory / "root.safetensors").unlink()
+    if place == "the full model":
+        shutil.rmtree(source)
+
+    store.ensure(packed.name)
+
+    store.verify(packed.name)
+    assert {path.name: path.read_bytes() for path in packed.directory.glob("*.safetensors")} == before
+    after = {path.name: path.stat().st_mtime_ns for path in packed.directory.glob("layer-*")}
+    assert {name for name in times if times[name] != after[name]} == {"layer-00001.safetensors"}
+    assert [found.name for found in store.root.glob(".damaged/tiny*/*")] == ["layer-00001.safetensors"]
+
+
+def test_a_damaged_packed_file_without_a_source_is_told_of(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    store, source = ShardStore(tmp_path / "store"), tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    packed = store.ensure("tiny", source=source, form=StoredForm(quant="nf4", quant_device="cpu"))
+    damage(packed.directory / "layer-00001.safetensors")
+    shutil.rmtree(source)
+
+    with pytest.raises(ShardError, match=r"layer-00001\.safetensors.*lamella models remove tiny~nf4"):
+        store.ensure("tiny~nf4")
+
+
+def test_a_packed_form_is_not_mended_from_a_full_model_of_another_source(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    store, source = ShardStore(tmp_path / "store"), tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    packed = store.ensure("tiny", source=source, form=StoredForm(quant="nf4", quant_device="cpu"))
+    os.utime(source / "model.safetensors", (1, 1))
+    store.ensure("tiny", source=source)
+    damage(packed.directory / "layer-00001.safetensors")
+
+    with pytest.raises(ShardError, match=r"layer-00001\.safetensors"):
+        store.ensure("tiny~nf4")
 
 
 def test_the_original_of_packed_weights_stays(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
