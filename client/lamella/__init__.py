@@ -11,7 +11,8 @@ Files in the order in which a request flows through them:
 - `registry_calls`, `queue_calls`, `script_call`, ``lua/``: the scripts, also how a worker hears of a job; `keys`: every
   Redis name; `queue_counts`, `worker_state`: what waits and works, for those who show it
 - `connection`: pools, timeouts, retries; `server_url`: which server; `server_errors`: wording of its refusals
-- `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections
+- `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections;
+  `async_channels`: one subscribed connection for all streams of an asyncio client
 - `wire`, `response_format`, `chat`, `embedding`, `messages`, `records`: what is sent and comes back, as types
 - `call_scanner`, `call_section`, `tool_calls`: calls of tools in an answer; `completion`: a finished job's text
 - `map_prompts`, `map_run`, `map_flight`, `map_closing`: many jobs at once, results in order; `map_sync`, `map_async`,
