@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import torch
@@ -333,19 +333,25 @@ def _timed_profile(run: _Decoding) -> SweepProfile:
     """
     assert run.profile is not None, "set when the sequences have ended"
     totals = run.totals[WARM_UP_SWEEPS - 1 :]
-    compute_s = _slope([each.compute_s for each in totals])
+    compute_s = slope([each.compute_s for each in totals])
     return dataclasses.replace(
         run.profile,
         sweeps=len(totals) - 1,
-        read_s=_slope([each.read_s for each in totals]),
-        copy_s=_slope([each.copy_s for each in totals]),
+        read_s=slope([each.read_s for each in totals]),
+        copy_s=slope([each.copy_s for each in totals]),
         compute_s=compute_s,
-        bubble_s=max(0.0, _slope([each.sweep_s for each in totals]) - compute_s),
+        bubble_s=max(0.0, slope([each.sweep_s for each in totals]) - compute_s),
     )
 
 
-def _slope(values: list[float]) -> float:
-    return statistics.linear_regression(range(len(values)), values).slope
+def slope(values: Sequence[float]) -> float:
+    """What a total grows by from one look to the next: the median of all pairs' slopes (Theil and Sen).
+
+    A sweep that was recorded takes many times as long as the others and may be told of late; one such jump at the
+    beginning changes a mean, and does not change this. `values` are two at least.
+    """
+    places = combinations(enumerate(values), 2)
+    return statistics.median((later - earlier) / (end - begin) for (begin, earlier), (end, later) in places)
 
 
 def _faster_disk(bandwidths: Bandwidths, disk: DiskProfile, paths: list[Path]) -> tuple[Bandwidths, DiskProfile]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from lamella_engine.bench import slope
 from lamella_engine.bench_cli import app
 from lamella_engine.sequence_types import EngineCounters
 from lamella_engine.shard_store import ShardStore
@@ -225,3 +226,10 @@ def test_on_a_gpu_peaks_stay_within_the_budgets(root: Path, tiny_llama_dir: Path
     assert told["memory"]["peak_pinned"] <= told["plan"]["ram"]["budget"]
     assert told["bandwidths"]["h2d"] > 0
     assert all(row["profile"]["compute_s"] > 0 for row in told["rows"])
+
+
+def test_seconds_of_a_sweep_are_not_those_of_the_one_that_was_recorded() -> None:
+    told_of_late = [0.0, 100.0, 107.0, 107.0, 121.0, 128.0, 135.0]  # 7 a sweep, but the first
+
+    assert slope(told_of_late) == pytest.approx(7.0)
+    assert slope([3.0, 5.0]) == 2.0
