@@ -9,7 +9,8 @@ through client, queue, worker and another such process; the difference of each p
 worker whose tokens say when its engine made them, read by one client as one stream and as many. *Pace*: many streams
 side by side, in turn alone and through the service, counted from when all have begun until the first ends. Processor
 seconds are told beside the clock, and how busy others kept the machine; with fewer cores than there are processes,
-these get in each other's way. Neighbours: `latency_sides` what is started, `stamped_worker` tokens that tell the time.
+these get in each other's way. Neighbours: `latency_sides` what is started, `stamped_worker` tokens that tell the
+time, `delivery` who reads them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import asyncio
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,9 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import LlamaShape, build_checkpoint
+from benchmarks.delivery import STREAM_S, quantiles_ms
 from benchmarks.json_file import write_json
 from benchmarks.latency_sides import (
     PROMPT,
+    ROOT,
     EngineAlone,
     Pace,
     PaceMeter,
@@ -48,9 +52,7 @@ from lamella_engine import ShardStore
 HEAD_WIDTH = 16
 WARM = 10  # requests before those that count
 FIRST_TOKENS = 3  # of a request whose first one is timed
-STREAM_S = 600.0
 STAMPED_SWEEP_S = 0.05
-STAMPED_TOKENS = 120
 
 
 def first_events(alone: EngineAlone, service: Service, model: str, requests: int) -> dict[str, Any]:
@@ -81,26 +83,6 @@ def first_events(alone: EngineAlone, service: Service, model: str, requests: int
         "of_that_the_sweep": quantiles_ms(sweeps),
         "beyond_the_engine": quantiles_ms(added),
     }
-
-
-async def delivery(url: str, streams: int) -> dict[str, Any]:
-    """Milliseconds from an engine's sweep to the client, of every token made once all `streams` streams had begun."""
-    taken: list[tuple[float, float]] = []
-    begun: dict[int, float] = {}
-
-    async def read(client: AsyncClient, number: int) -> None:
-        job = await client.submit(f"stream {number}", model=STAMPED, max_tokens=STAMPED_TOKENS, ignore_eos=True)
-        async with aclosing(job.stream(timeout_s=STREAM_S)) as items:
-            async for _, event in items:
-                if isinstance(event, TokenEvent):
-                    now, made = time.monotonic(), int(event.text) / 1e9
-                    begun.setdefault(number, now)
-                    taken.append((made, now - made))
-
-    async with AsyncClient(url) as client:
-        await asyncio.gather(*(read(client, number) for number in range(streams)))
-    counted = [seconds for made, seconds in taken if made > max(begun.values())]
-    return {"streams": streams, "sweep_s": STAMPED_SWEEP_S, "tokens": len(counted), **quantiles_ms(counted)}
 
 
 async def served_pace(
@@ -149,14 +131,6 @@ def paces(alone: EngineAlone, service: Service, options: argparse.Namespace, mod
     }
 
 
-def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """Percentiles in milliseconds."""
-    ordered = sorted(1000 * each for each in seconds)
-    places = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-    found = {name: round(ordered[min(len(ordered) - 1, int(at * len(ordered)))], 2) for name, at in places.items()}
-    return {"min": round(ordered[0], 2), **found, "max": round(ordered[-1], 2)}
-
-
 def made_shape(options: argparse.Namespace) -> LlamaShape:
     """The random model that is made where none is named: float32 on a processor, bfloat16 on a card."""
     heads = max(2, options.hidden // (HEAD_WIDTH if options.hidden < 1024 else 8 * HEAD_WIDTH))
@@ -187,11 +161,19 @@ def measure(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         _say(_table(result["first_event_ms"]))
         result["pace"] = paces(alone, service, options, model)
     with Service(stamped_command("stamped", options.streams, STAMPED_SWEEP_S), "stamped", directory) as stamped:
-        asyncio.run(delivery(stamped.wait_listed().url, 1))
-        result["delivery_ms"] = [asyncio.run(delivery(stamped.url, streams)) for streams in (1, options.streams)]
+        stamped.wait_listed()
+        result["delivery_ms"] = [_delivery(stamped.url, streams) for streams in (1, options.streams)]
     for each in result["delivery_ms"]:
         _say(f"delivery of {each['streams']} streams: p50 {each['p50']} ms, p99 {each['p99']} ms")
     return result
+
+
+def _delivery(url: str, streams: int) -> dict[str, Any]:
+    """Read by a process without torch, as clients are: collecting this one's garbage takes longer than a delivery."""
+    command = [sys.executable, "-m", "benchmarks.delivery", url, STAMPED, str(streams), str(STAMPED_SWEEP_S)]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=STREAM_S, check=True)
+    found: dict[str, Any] = json.loads(told.stdout)
+    return found
 
 
 def _table(figures: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.latency import main, parse, quantiles_ms
+from benchmarks.delivery import quantiles_ms
+from benchmarks.latency import main, parse
 from benchmarks.latency_sides import PaceMeter
 from tests.fixtures.servers import require_embedded
 
