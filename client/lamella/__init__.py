@@ -10,7 +10,8 @@ Files in the order in which a request flows through them:
 - `queue_terms`: whose a job is, how urgent, until when; `admission`: why one was refused; `limits`: what may wait
 - `registry_calls`, `queue_calls`, `script_call`, ``lua/``: the scripts, also how a worker hears of a job; `keys`: every
   Redis name; `queue_counts`, `worker_state`: what waits and works, for those who show it
-- `connection`: pools, timeouts, retries; `server_url`: which server; `server_errors`: wording of its refusals
+- `connection`, `command_packer`: pools, timeouts, retries; `server_url`: which server; `server_errors`: wording of its
+  refusals
 - `stream_order`, `stream_clock`, `stream`, `async_stream`: events in order, each once, through lost connections;
   `async_channels`: one subscribed connection for all streams of an asyncio client
 - `wire`, `response_format`, `chat`, `embedding`, `messages`, `records`: what is sent and comes back, as types

@@ -24,6 +24,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, RedisError
 from redis.retry import Retry
 
 from lamella.async_channels import AsyncChannels
+from lamella.command_packer import CommandPacker
 from lamella.errors import LamellaError, RequestError
 from lamella.keep_time import resolve_keep_s
 from lamella.key_ring import KEYS_VARIABLE, KeyRing, load_key_ring
@@ -105,6 +106,7 @@ def sync_redis(url: str, socket_timeout_s: float) -> redis.Redis:
         health_check_interval=HEALTH_CHECK_S,
         max_connections=MAX_CONNECTIONS,
         retry=Retry(NoBackoff(), 0),
+        command_packer=CommandPacker(),
     )
 
 

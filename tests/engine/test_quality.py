@@ -156,6 +156,7 @@ def streaming(sharded: ShardedModel, store: Path, tier: Tier, num_blocks: int) -
             replace(place, tier=tiers[place.layer % 3], nbytes=sizes.layers[place.layer]) for place in plan.layers
         ),
         head=HeadPlacement(sizes.head_bytes, tier, num_blocks),
+        embedding=tier,  # where the head is the table, both are one
         device_slots=2,
         slot_bytes=max(*sizes.layers, sizes.head_bytes),
         ring_bytes=8 * 2**20,

@@ -15,8 +15,7 @@ In the order a job flows through them:
   which queues, and the one task, which carries a job id.
 - `session`, `model_slots`, `gate`, `sequence_request`, `engine_port`: claim, resume point, entry into the engine, way
   back.
-- `publisher`, `delivery`, `registry`, `command_packer`: each sweep's tokens to Redis, under a fence, again until they
-  are there.
+- `publisher`, `delivery`, `registry`: each sweep's tokens to Redis, under a fence, again until they are there.
 - `running_job`, `job_table`: what all of these know of a job.
 - `lease_keeper`, `lease`, `reconciler`: leases of jobs, leases of deliveries, and jobs that nobody works on.
 - `pull_keeper`, `pull_process`, `pull_child`: models that somebody asks this worker to bring into its host's store.

@@ -27,13 +27,13 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
+from lamella.command_packer import CommandPacker
 from lamella.errors import DecodeError
 from lamella.key_ring import KeyRing
 from lamella.keys import Keys
 from lamella.messages import JobState, TokenEvent, decode_event
 from lamella.registry_calls import ClaimReply, ClaimStatus
 from lamella.script_call import ScriptCall, ScriptName, script_source
-from lamella_worker.command_packer import CommandPacker
 
 log = logging.getLogger(__name__)
 Reply = TypeVar("Reply")

@@ -1,7 +1,8 @@
 """Redis commands as bytes, for connections that send a script call for every token.
 
 Owns the framing (RESP: a count, then each word with its length), which hiredis does in C; what it does not take is left
-to redis-py. `registry` opens its connections with it.
+to redis-py, whose own use of hiredis refuses bytes that are no text. `connection` and the worker's `registry` open
+connections with it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _LONG_BYTES = 6000  # redis-py's own bound, above which it does not join
 
 
 class CommandPacker:
-    """What redis-py asks of a packer; text is UTF-8, bytes that are none included, as `registry` reads them."""
+    """What redis-py asks of a packer; text is UTF-8, bytes that are none included, as they are read."""
 
     def __init__(self) -> None:
         encoder = Encoder("utf-8", "surrogateescape", True)  # type: ignore[no-untyped-call]  # redis-py leaves it bare

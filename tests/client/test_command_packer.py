@@ -7,7 +7,7 @@ from redis._parsers import Encoder
 from redis.connection import PythonRespSerializer
 from redis.exceptions import DataError
 
-from lamella_worker.command_packer import CommandPacker
+from lamella.command_packer import CommandPacker
 
 THEIRS = PythonRespSerializer(6000, Encoder("utf-8", "surrogateescape", decode_responses=True).encode)
 
