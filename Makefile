@@ -61,7 +61,7 @@ ifeq ($(strip $(PYTEST_ARGS)),)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tools.second_run -n $(PYTEST_PROCESSES) --dist loadfile \
 	  --no-loadscope-reorder -m "not timing and not faults and not slow"
 	@echo "== pytest, what is timed and therefore runs alone"
-	@$(BIN)/python -m pytest -m "timing and not faults and not slow" $(TIMED_FILES)
+	@$(BIN)/python -m tools.second_run -m "timing and not faults and not slow" $(TIMED_FILES)
 else
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif

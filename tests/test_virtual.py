@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,8 @@ pytestmark = pytest.mark.timing
 SWEEP_S = 0.3
 SWEEPS = 5
 BUSY_CORES = 0.3  # taken by other programs: seconds measured beside them say nothing of a plan
-TRIES = 6  # a machine that stands still for a moment has not shown what a plan takes
+TRIES = 6
+TRIES_S = 40.0  # a machine that stands still, or writes back what others left, has not shown what a plan takes
 SATA, NVME, NARROW = MACHINES
 DISK, RAM, MIXED = BUDGETS
 
@@ -70,12 +72,10 @@ def scene_of(old: OldMachine, budgets: Budgets) -> Scene:
 
 
 def best_of_tries(engine: Engine, count: int, enough_s: float) -> float:
-    """Seconds a sweep with `count` sequences: the first try that takes no more than `enough_s`, or the best of all."""
-    best_s = math.inf
-    for _ in range(TRIES):
+    """Seconds a sweep with `count` sequences: the first try of at most `enough_s`, or the best of all."""
+    best_s, deadline = math.inf, time.monotonic() + TRIES_S
+    while best_s > enough_s and time.monotonic() < deadline:
         best_s = min(best_s, measure(engine, count, SWEEPS).s_per_sweep)
-        if best_s <= enough_s:
-            break
     return best_s
 
 
@@ -117,7 +117,7 @@ def test_a_plan_with_its_residents_first_keeps_every_tier_as_large() -> None:
     assert {tier: first.layer_bytes(tier) for tier in Tier} == {tier: spread.layer_bytes(tier) for tier in Tier}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("old", "budgets"),
     [(SATA, DISK), (NVME, RAM), (NVME, MIXED), (NARROW, MIXED)],
