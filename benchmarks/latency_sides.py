@@ -167,7 +167,6 @@ class Service:
         self._server = EmbeddedServer(directory / f"server-{name}")
         self._server.__enter__()
         self.url = self._server.url
-        self._name = name
         self._log = directory / f"{name}.log"
         with self._log.open("wb") as log:
             self._worker = subprocess.Popen(

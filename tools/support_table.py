@@ -107,7 +107,7 @@ def measure(family: str, scratch: Path) -> Row:
         with Engine.open_sharded(sharded, torch.device("cpu"), options) as engine:
             alone = [generate(engine, prompt, sampling).token_ids for prompt in PROMPTS]
             together = _together(engine, sampling)
-            path, reads_whole = str(engine._model.path), engine._model.reads_whole
+            path, reads_whole = str(engine.model.path), engine.model.reads_whole
         packed = store.ensure("tiny", form=StoredForm(quant=QUANT))
         with Engine.open_sharded(packed, torch.device("cpu"), options) as engine:
             from_packed = _together(engine, sampling)

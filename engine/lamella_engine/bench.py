@@ -24,7 +24,7 @@ from lamella_engine.binding import TORCH_DTYPES
 from lamella_engine.calibration import DiskProfile, measure_bandwidths, measure_disk
 from lamella_engine.compute_dtype import choose_dtype
 from lamella_engine.device import peak_rss_bytes, resolve_device
-from lamella_engine.engine import MAX_WAITING
+from lamella_engine.engine import MAX_WAITING, Engine
 from lamella_engine.errors import EngineError, OptionError, PlanError
 from lamella_engine.estimate import Prediction, predict
 from lamella_engine.expansion_times import ExpansionTimes
@@ -254,7 +254,7 @@ def _build(sharded: ShardedModel, options: EngineOptions, device: torch.device) 
 
 def _open(sharded: ShardedModel, device: torch.device, options: EngineOptions, request: BenchRequest) -> BenchEngine:
     try:
-        return BenchEngine.open(sharded, device, options)
+        return BenchEngine(Engine.open_sharded(sharded, device, options))
     except PlanError as error:
         raise PlanError(
             f"{error} The cache is for {options.max_sequences} sequences of {request.sequence_tokens} tokens each: "

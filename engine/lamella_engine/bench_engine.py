@@ -1,4 +1,4 @@
-"""The engine that `bench` measures: opened with its model at hand, listened to sweep by sweep.
+"""The engine that `bench` measures: listened to sweep by sweep, its model at hand.
 
 Owns what needs both at once: what expanding takes is measured on the model, in the thread that sweeps, before a sweep
 of one token. `bench` owns what is decoded and the figures made of it.
@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-
-import torch
 
 from lamella_engine.engine import Engine
 from lamella_engine.errors import EngineError, SequenceError
 from lamella_engine.expansion_times import ExpansionTimes
-from lamella_engine.open_model import open_sweep_model
-from lamella_engine.options import EngineOptions
 from lamella_engine.sequence_types import (
     FinishReason,
     Sampling,
@@ -25,10 +20,6 @@ from lamella_engine.sequence_types import (
     SequenceFinished,
     SequenceRequest,
 )
-from lamella_engine.shard import ShardedModel
-from lamella_engine.sweep import SweepModel
-from lamella_engine.sweep_thread import SweepThread
-from lamella_engine.text import load_codec
 
 SILENCE_S = 900.0  # a sweep that takes longer is taken for a hang
 _POLL_S = 1.0
@@ -37,23 +28,9 @@ _PROBE = "bench-expansion"
 
 @dataclass(frozen=True)
 class BenchEngine:
-    """An engine and the model in it; closed by whoever opened it."""
+    """An engine, closed by whoever opened it."""
 
     engine: Engine
-    model: SweepModel
-
-    @classmethod
-    def open(cls, sharded: ShardedModel, device: torch.device, options: EngineOptions) -> BenchEngine:
-        """As `Engine.open_sharded`."""
-        codec = load_codec(sharded.directory)
-        thread = SweepThread()
-        with ExitStack() as undo:
-            undo.callback(thread.end)
-            model = thread.call(lambda: open_sweep_model(sharded, options, device), SweepModel.close)
-            undo.callback(model.close)
-            opened = cls(Engine(model, codec, options, thread), model)
-            undo.pop_all()
-        return opened
 
     def batches(self) -> Iterator[tuple[SequenceEvent, ...]]:
         """What each sweep brings.
@@ -81,7 +58,7 @@ class BenchEngine:
 
         def measure() -> None:
             self.engine.before_sweep = lambda: None
-            found.append(self.model.expansion_times())
+            found.append(self.engine.model.expansion_times())
 
         self.engine.before_sweep = measure
         self.engine.submit(SequenceRequest(_PROBE, Sampling(max_tokens=1, ignore_eos=True), prompt_ids=(0,)))

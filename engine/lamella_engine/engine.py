@@ -59,7 +59,7 @@ class Engine:
     """A model being served; open it with `Engine.open`, close it with `close` or a ``with`` block.
 
     Attributes:
-        codec: the model's tokenizer, or None if it ships none.
+        model, codec: swept by the engine's thread alone; the tokenizer, or None if it ships none.
         end_token_ids: tokens that end a text unless a sequence ignores them.
         before_sweep: called in the sweep thread before each sweep; what it raises fails the sweep, as if from within.
 
@@ -74,7 +74,7 @@ class Engine:
         thread: SweepThread | None = None,
         wake: threading.Condition | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         self.codec = codec
         self._context_length = context_tokens(model.config)
         self.end_token_ids = end_token_ids(model.sharded.directory, model.config, codec)
@@ -136,23 +136,23 @@ class Engine:
     @property
     def facts(self) -> EngineFacts:
         """What is served, and on what."""
-        sharded = self._model.sharded
+        sharded = self.model.sharded
         return EngineFacts(
             model=sharded.name,
-            family=self._model.family,
-            dtype=str(self._model.dtype).removeprefix("torch."),
-            device=str(self._model.device),
+            family=self.model.family,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=str(self.model.device),
             num_layers=len(sharded.layers),
             context_length=self._context_length,
             size_bytes=sharded.size_bytes,
             max_sequences=self._max_sequences,
-            plan=self._model.plan_facts,
+            plan=self.model.plan_facts,
         )
 
     @property
     def plan(self) -> Plan:
         """Where every byte of the model is."""
-        return self._model.plan
+        return self.model.plan
 
     def write_trace(self, path: Path) -> None:
         """Write the timeline of recent sweeps, kept with the option ``trace``, as a Chrome trace.
@@ -160,9 +160,9 @@ class Engine:
         Raises:
             OptionError: the engine was opened without ``trace``.
         """
-        if not self._model.timeline.is_tracing:
+        if not self.model.timeline.is_tracing:
             raise OptionError("there is no trace: open the engine with the option trace=True")
-        self._model.timeline.write_trace(path)
+        self.model.timeline.write_trace(path)
 
     def counters(self) -> EngineCounters:
         """Totals since the engine opened; callable from any thread."""
@@ -174,7 +174,7 @@ class Engine:
             streamed_bytes=self._streamed_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             last_sweep_at=self._last_sweep_at,
-            **asdict(self._model.timeline.totals()),
+            **asdict(self.model.timeline.totals()),
             preemptions=self._scheduler.preemptions,
             out_of_memory=self._batch.failures,
             batch_limit=self._batch.limit,
@@ -248,7 +248,7 @@ class Engine:
             self._wake.notify()
         if not self._thread.join(timeout=CLOSE_S):
             raise EngineError(f"the sweep thread did not stop within {CLOSE_S:.0f} s")
-        self._model.close()
+        self.model.close()
         self._cache.close()
 
     def _check_open(self) -> None:
@@ -310,7 +310,7 @@ class Engine:
                 return events
         # The error is let go of by now, and with it the tensors of the sweep.
         self._scheduler.shed(self._batch.limit, is_state_lost=isinstance(self._cache, StatePool))
-        free_what_is_cached(self._model.device)
+        free_what_is_cached(self.model.device)
         logger.warning("out of memory: the youngest waits; at most %d run side by side now", self._batch.limit)
         return events
 
@@ -318,25 +318,25 @@ class Engine:
         began_s = time.perf_counter()
         self.before_sweep()
         rides = self._scheduler.rides()
-        pack = self._model.pack([ride.span for ride in rides])
+        pack = self.model.pack([ride.span for ride in rides])
         in_order = [rides[index] for index in pack.order]
         hidden: torch.Tensor | None = None
         if any(self._embeddings.of(ride.sequence) for ride in rides):
-            logits, hidden = self._model.run_heard(pack, self._cache)
+            logits, hidden = self.model.run_heard(pack, self._cache)
         else:
-            logits = self._model.run(pack, self._cache)
+            logits = self.model.run(pack, self._cache)
         self._advance(in_order, logits, events)
         if hidden is not None and not isinstance(pack, StepPack):
-            events += self._embeddings.advance(in_order, hidden, pack.last_rows.tolist(), self._model.swept_bytes)
+            events += self._embeddings.advance(in_order, hidden, pack.last_rows.tolist(), self.model.swept_bytes)
         ended_s = time.perf_counter()
-        self._model.timeline.add(Lane.SWEEP, "sweep", began_s, ended_s)
+        self.model.timeline.add(Lane.SWEEP, "sweep", began_s, ended_s)
         self._sweep_seconds.append(ended_s - began_s)
         if self._batch.good_sweep():
             self._scheduler.max_sequences = self._batch.limit
 
     def _advance(self, rides: list[Ride], logits: torch.Tensor, events: list[SequenceEvent]) -> None:
         """Give each sequence what the sweep brought it and add to `events`; `rides` as the rows of `logits`."""
-        swept_bytes = self._model.swept_bytes
+        swept_bytes = self.model.swept_bytes
         self._sweeps += 1
         self._streamed_bytes += swept_bytes
         self._last_sweep_at = time.time()

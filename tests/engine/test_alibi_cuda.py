@@ -35,7 +35,7 @@ def test_tokens_are_the_published_ones(variant: str, place: str, tmp_path: Path)
 
     with opened as engine:
         found = [_together(engine), _together(engine)]
-        num_graphs = engine._model._graphs.num_graphs
+        num_graphs = engine.model._graphs.num_graphs
 
     assert found == [expected, expected]
     assert num_graphs > 0
@@ -50,8 +50,8 @@ def test_layers_with_biases_are_recorded_in_half_precision(dtype: str, tmp_path:
         tokens = _together(engine)
 
         assert [len(each) for each in tokens] == [24] * len(PROMPTS)
-        assert engine._model._graphs.is_enabled
-        assert engine._model._graphs.num_graphs > 0
+        assert engine.model._graphs.is_enabled
+        assert engine.model._graphs.num_graphs > 0
 
 
 def _together(engine: Engine) -> list[list[int]]:

@@ -120,7 +120,7 @@ def open_at(place: str, sharded: ShardedModel, options: EngineOptions) -> Engine
 
 
 def graphs(engine: Engine) -> int:
-    return engine._model._graphs.num_graphs
+    return engine.model._graphs.num_graphs
 
 
 @pytest.mark.parametrize("place", ["resident", "ram", "disk"])

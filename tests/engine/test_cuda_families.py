@@ -96,7 +96,7 @@ def test_stepwise_families_equal_a_full_load(
     expected = tokens(family)
 
     with open_at(place, tiny_checkpoint(family), tmp_path) as engine:
-        assert engine._model.path == "stepwise"
+        assert engine.model.path == "stepwise"
         assert [generate(engine, prompt, GREEDY).token_ids for prompt in PROMPTS] == expected
         assert together(engine) == expected
 
@@ -110,7 +110,7 @@ def test_packed_families_equal_a_full_load(
     expected = tokens(family)
 
     with open_at(place, tiny_checkpoint(family), tmp_path, sweep_tokens=16) as engine:
-        assert engine._model.path == "packed"
+        assert engine.model.path == "packed"
         assert [generate(engine, prompt, GREEDY).token_ids for prompt in PROMPTS] == expected
         assert together(engine) == expected
 

@@ -78,7 +78,7 @@ def test_windows_are_right_in_recorded_layers(
         for name, prompt in enumerate(prompts):
             submit_ids(engine, str(name), prompt, LONG)
         outcomes = gather(engine, {"0", "1"})
-        num_graphs = engine._model._graphs.num_graphs
+        num_graphs = engine.model._graphs.num_graphs
 
     assert [outcomes[name].token_ids for name in ("0", "1")] == expected
     assert num_graphs > 0
@@ -90,7 +90,7 @@ def test_engines_one_after_the_other_leave_no_memory_behind(tiny_llama_dir: Path
     for _ in range(4):
         with Engine.open(tiny_llama_dir, EngineOptions(store=tmp_path, device="cuda")) as engine:
             generate(engine, [5, 9, 13], LONG)
-            assert engine._model._graphs.num_graphs > 0
+            assert engine.model._graphs.num_graphs > 0
         del engine
         gc.collect()
         allocated.append(torch.cuda.memory_allocated())

@@ -286,7 +286,7 @@ def test_streaming_reads_each_layer_once_a_sweep(engine: Engine) -> None:
     outcome = generate(engine, PROMPTS[0], Sampling(max_tokens=10, ignore_eos=True))
 
     after = engine.counters()
-    layers = engine._model.sharded.layers
+    layers = engine.model.sharded.layers
     assert after.sweeps - before.sweeps == 10
     embedding_rows = (len(PROMPTS[0]) + 9) * 64 * 4
     assert after.streamed_bytes - before.streamed_bytes == 10 * sum(shard.nbytes for shard in layers) + embedding_rows

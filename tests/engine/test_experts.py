@@ -103,7 +103,7 @@ def check_bytes_of_one_token(engine: Engine, place: str) -> None:
 
     A head that streams is moved as well.
     """
-    sharded = engine._model.sharded
+    sharded = engine.model.sharded
     built = architecture.build(architecture.load_config(sharded.directory), torch.float32)
     experts = [find_experts(layer, shard.tensors, 2) for layer, shard in zip(built.layers, sharded.layers, strict=True)]
     routed = sum(

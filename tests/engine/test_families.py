@@ -43,7 +43,7 @@ def test_sweeps_equal_a_full_load(
         outcomes = gather(engine, {str(name) for name in range(len(PROMPTS))})
 
         assert [outcomes[str(name)].token_ids for name in range(len(PROMPTS))] == expected
-        assert engine._model.path == path
+        assert engine.model.path == path
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon", "llama4_text"])

@@ -78,7 +78,7 @@ def plain(sharded: ShardedModel) -> list[list[int]]:
 
 
 def graphs_of(engine: Engine) -> LayerGraphs:
-    return engine._model._graphs
+    return engine.model._graphs
 
 
 # One rotary set, windows and two rotary sets, learned positions, a window that only the layers know of, latent keys.

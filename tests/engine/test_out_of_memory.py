@@ -76,8 +76,8 @@ def test_a_sweep_that_runs_out_of_memory_costs_no_sequence_its_text(
     if where == "in the sampler":
         monkeypatch.setattr(engine_module, "sample", ShortMemory(engine_module.sample, sweeps, error))
     else:
-        engine._model.run = ShortMemory(  # type: ignore[method-assign]  # a fault is put where a sweep has it
-            engine._model.run, sweeps, error, is_late=where == "behind the layers"
+        engine.model.run = ShortMemory(  # type: ignore[method-assign]  # a fault is put where a sweep has it
+            engine.model.run, sweeps, error, is_late=where == "behind the layers"
         )
 
     together = run_together(engine)

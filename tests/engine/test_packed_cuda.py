@@ -50,7 +50,7 @@ def test_tokens_are_those_of_the_expanded_model(quant: str, place: str, wide: Pa
         assert [generate(engine, prompt, GREEDY).token_ids for prompt in PROMPTS] == expected
         assert answers(engine) == expected
         assert answers(engine) == expected
-        assert engine._model._graphs.is_enabled
+        assert engine.model._graphs.is_enabled
 
 
 def open_at(place: str, sharded: ShardedModel, root: Path, dtype: torch.dtype = torch.float32) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,14 +60,7 @@ Model = tuple[ShardedModel, list[list[int]]]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Model]:
     """Shards of a family, packed, and the tokens of a full load of the expanded weights."""
-    made: dict[tuple[str, str], Model] = {}
-
-    def make(family: str, quant: str) -> Model:
-        if (family, quant) not in made:
-            made[family, quant] = build(tmp_path_factory.mktemp(family), family, quant)
-        return made[family, quant]
-
-    return make
+    return functools.cache(lambda family, quant: build(tmp_path_factory.mktemp(family), family, quant))
 
 
 def build(root: Path, family: str, quant: str) -> Model:
@@ -203,7 +197,7 @@ def test_only_visited_experts_are_expanded(home: str, models: Callable[[str, str
 
     with open_at(sharded, home) as engine:
         generate(engine, [5], TEN)  # what is read ahead of a first sweep comes whole
-        binding = engine._model._bindings[0]
+        binding = engine.model._bindings[0]
         room = dict(zip([place.spec.name for place in binding._places], binding._expanded or [], strict=True))
         experts = [tensor for name, tensor in room.items() if ".experts." in name]
         with torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -48,14 +49,7 @@ Model = tuple[ShardedModel, list[list[int]]]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Model]:
     """Shards of a family with sixteen experts, packed, and the tokens of the expanded weights, all in float32."""
-    made: dict[tuple[str, str], Model] = {}
-
-    def make(family: str, quant: str) -> Model:
-        if (family, quant) not in made:
-            made[family, quant] = build(tmp_path_factory.mktemp(family), family, quant)
-        return made[family, quant]
-
-    return make
+    return functools.cache(lambda family, quant: build(tmp_path_factory.mktemp(family), family, quant))
 
 
 def build(root: Path, family: str, quant: str) -> Model:
@@ -160,8 +154,8 @@ def generate_and_close(sharded: ShardedModel, options: EngineOptions) -> list[li
     with Engine.open_sharded(sharded, CUDA, options) as engine:
         assert {layer.tier for layer in engine.plan.layers} == {Tier.VRAM}
         tokens = alone(engine)
-        assert engine._model._graphs.is_enabled, "no recording was tried that fails"
-        assert engine._model._graphs.num_graphs == 0
+        assert engine.model._graphs.is_enabled, "no recording was tried that fails"
+        assert engine.model._graphs.num_graphs == 0
     return tokens
 
 
@@ -181,7 +175,7 @@ def test_a_mixture_in_bfloat16_is_recorded_where_torch_has_the_kernel(tmp_path: 
     with Engine.open(source, options) as engine:
         first = alone(engine)
         again = alone(engine)
-        num_graphs, is_enabled = engine._model._graphs.num_graphs, engine._model._graphs.is_enabled
+        num_graphs, is_enabled = engine.model._graphs.num_graphs, engine.model._graphs.is_enabled
 
     assert is_enabled
     assert num_graphs > 0

@@ -110,7 +110,7 @@ def test_lossless_gives_the_very_weights(tmp_path: Path) -> None:
     assert ratio < 0.8
     with open_on(whole, "cpu-disk") as first, open_on(packed, "cpu-disk") as second:
         assert answers(first) == answers(second)
-        slots = zip(first._model._bindings, second._model._bindings, strict=True)
+        slots = zip(first.model._bindings, second.model._bindings, strict=True)
         for own, other in slots:
             assert own._places[0].spec.name in {place.spec.name for place in other._places}
 

@@ -212,7 +212,7 @@ def test_lossless_tables_give_the_very_logits(
 
 def logits(engine: Engine) -> torch.Tensor:
     """What a sweep of one prompt gives."""
-    model = engine._model
+    model = engine.model
     pack = model.pack([Span(tuple(PROMPTS[1]), 0, torch.arange(len(PROMPTS[1])))])
     return model.run(pack, engine._cache).clone()
 
@@ -312,7 +312,7 @@ def test_what_expanding_takes_is_measured_between_two_sweeps(
 
         def measure() -> None:
             engine.before_sweep = lambda: None
-            found.append(engine._model.expansion_times())
+            found.append(engine.model.expansion_times())
 
         engine.before_sweep = measure
         measured = [generate(engine, prompt, GREEDY).token_ids for prompt in PROMPTS]

@@ -69,7 +69,7 @@ def test_all_sequences_share_a_sweep_that_reads_each_layer_once(engine: Engine) 
     together = run_together(engine, GREEDY)
 
     after = engine.counters()
-    layers = sum(shard.nbytes for shard in engine._model.sharded.layers)
+    layers = sum(shard.nbytes for shard in engine.model.sharded.layers)
     assert together == alone
     assert after.sweeps - before.sweeps <= GREEDY.max_tokens + 2
     assert layers <= (after.streamed_bytes - before.streamed_bytes) / (after.sweeps - before.sweeps) < 1.2 * layers
@@ -105,9 +105,9 @@ def test_samples_that_find_no_room_for_a_copy_wait_and_read_the_prompt_themselve
 ) -> None:
     engine.submit(SequenceRequest("many", RANDOM, prompt_ids=tuple(PROMPTS[3]), num_samples=3))
     expected = [outcome.token_ids for outcome in gather_samples(engine, {"many": 3})["many"]]
-    size = engine._model._state_size
+    size = engine.model._state_size
     assert size is not None
-    unit = engine._model.plan.kv_bytes // engine._model.plan.kv_tokens
+    unit = engine.model.plan.kv_bytes // engine.model.plan.kv_tokens
     for_one = (size.sequence_bytes + 40 * size.token_bytes) // unit + 16
 
     with Engine.open("qwen3_5_text", dataclasses.replace(options, kv_tokens=for_one)) as tight:

@@ -79,7 +79,7 @@ def test_a_prompt_longer_than_a_sweep_equals_a_full_load(
         assert alone.finished is not None
         assert alone.token_ids == expected[1]
         assert together == expected
-        assert engine._model.reads_whole == (family in AT_ONCE)
+        assert engine.model.reads_whole == (family in AT_ONCE)
         steps = 1 if family in AT_ONCE else -(-len(LONG) // 16)
         assert alone.finished.sweeps == steps + GREEDY.max_tokens - 1
         assert pool_of(engine).accounted_bytes == 0
