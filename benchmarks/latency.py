@@ -111,17 +111,22 @@ def paces(alone: EngineAlone, service: Service, options: argparse.Namespace, mod
     own: list[Pace] = []
     served: list[Pace] = []
     spent: list[dict[str, float]] = []
-    for _ in range(options.rounds):
-        own.append(alone.pace(options.streams, options.tokens))
+    for number in range(options.warm_rounds + options.rounds):
+        before = alone.pace(options.streams, options.tokens)
         pace, each = asyncio.run(served_pace(service.url, model, options.streams, options.tokens, service.busy_s))
-        served.append(pace)
-        spent.append(each)
-        _say(f"{own[-1].tokens_per_s:.1f} tokens/s alone, {pace.tokens_per_s:.1f} through the service")
+        is_warm = number >= options.warm_rounds
+        counted = "" if is_warm else " (not counted)"
+        _say(f"{before.tokens_per_s:.1f} tokens/s alone, {pace.tokens_per_s:.1f} through the service{counted}")
+        if is_warm:
+            own.append(before)
+            served.append(pace)
+            spent.append(each)
     shares = [after.tokens_per_s / before.tokens_per_s for before, after in zip(own, served, strict=True)]
     return {
         "streams": options.streams,
         "tokens_each": options.tokens,
         "rounds": options.rounds,
+        "warm_rounds": options.warm_rounds,
         "alone_tokens_per_s": [round(each.tokens_per_s, 2) for each in own],
         "served_tokens_per_s": [round(each.tokens_per_s, 2) for each in served],
         "alone_cpu_s": [round(each.cpu_s, 2) for each in own],
@@ -200,12 +205,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=64, help="side by side")
     parser.add_argument("--tokens", type=int, default=200, help="of each of these streams")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--warm-rounds", type=int, default=1, help="turns before those that count")
     parser.add_argument("--json", type=Path, help="where the result goes; else standard output")
     options = parser.parse_args(arguments)
     if (options.model is None) != (options.store is None):
         parser.error("--model and --store go together")
-    if min(options.requests, options.streams, options.rounds) < 1 or options.tokens < 2:
-        parser.error("--requests, --streams and --rounds are at least 1, --tokens at least 2")
+    if min(options.requests, options.streams, options.rounds) < 1 or options.tokens < 2 or options.warm_rounds < 0:
+        parser.error("--requests, --streams and --rounds are at least 1, --tokens at least 2, --warm-rounds at least 0")
     return options
 
 

@@ -34,8 +34,8 @@ MODEL = "stamped"
 class StampingEngine(ScriptedEngine):
     """The scripted engine, whose tokens say when they were made."""
 
-    def _advance(self, rider):  # type: ignore[no-untyped-def]  # the rider's type is the scripted engine's own
-        events: list[SequenceEvent] = super()._advance(rider)
+    def _sweep(self) -> list[SequenceEvent]:
+        events = super()._sweep()
         stamp = f"{time.monotonic_ns()} "
         return [
             dataclasses.replace(event, text=stamp) if isinstance(event, SequenceTokens) else event for event in events

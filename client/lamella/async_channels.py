@@ -35,6 +35,8 @@ class Inbox:
         self._has_overflowed = False
         self._error: str | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._wake_at = 0.0
+        self._clock: asyncio.TimerHandle | None = None  # outlives a wait: most end by a message, and the next is longer
 
     def put(self, text: str) -> None:
         """Take in a message; where a stream is too slow for them, all are dropped, because they are stored."""
@@ -59,18 +61,39 @@ class Inbox:
             ConnectionError: (redis) the connection is lost.
         """
         if not self._texts and self._error is None and not self._has_overflowed:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            silence = loop.call_later(wait_s, self._wake)
+            self._waiter = self._silence(wait_s)
             try:
                 await self._waiter
             finally:
-                silence.cancel()
                 self._waiter = None
         if self._error is not None:
             raise redis.ConnectionError(self._error)
         texts, self._texts, self._chars, self._has_overflowed = self._texts, [], 0, False
         return texts
+
+    def close(self) -> None:
+        """Nobody takes from here any more."""
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _silence(self, wait_s: float) -> asyncio.Future[None]:
+        """Return what is woken after `wait_s` without a message."""
+        loop = asyncio.get_running_loop()
+        self._wake_at = loop.time() + wait_s
+        if self._clock is None or self._clock.when() > self._wake_at:
+            self.close()
+            self._clock = loop.call_at(self._wake_at, self._look, loop)
+        return loop.create_future()
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._clock = None
+        if self._waiter is None:
+            return
+        if loop.time() >= self._wake_at:
+            self._wake()
+        else:
+            self._clock = loop.call_at(self._wake_at, self._look, loop)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -150,6 +173,7 @@ class _Link:
 
     def leave(self, inbox: Inbox) -> None:
         """Drop an inbox, and the subscription with the last one of its channel."""
+        inbox.close()
         others = self._inboxes.get(inbox.channel, set())
         if inbox not in others:
             return

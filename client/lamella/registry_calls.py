@@ -242,21 +242,14 @@ def emit_call(
     if any(isinstance(event, Done | Failed | Cancelled) for event in events[:-1]):
         raise ValueError("a terminal event must be the last one of its job")
     final_state = _final_state(events[-1]) if events else ""
+    names = (keys.job(job_id), keys.stream(job_id))
+    tokens = sum(len(event.token_ids) for event in events if isinstance(event, TokenEvent))
+    texts = tuple(encode(first_seq + place, event) for place, event in enumerate(events))
+    if final_state:
+        args = (job_id, fence, first_seq, final_state, tokens, _tokens_used(events[-1]), *texts)
+        return script_call(ScriptName.END, keys, names, args, _decode_emit)
     return script_call(
-        ScriptName.END if final_state else ScriptName.EMIT,
-        keys,
-        (keys.job(job_id), keys.stream(job_id)),
-        (
-            job_id,
-            fence,
-            first_seq,
-            lease_ms,
-            final_state,
-            sum(len(event.token_ids) for event in events if isinstance(event, TokenEvent)),
-            _tokens_used(events[-1]) if events else "",
-            *(encode(first_seq + place, event) for place, event in enumerate(events)),
-        ),
-        _decode_emit,
+        ScriptName.EMIT, keys, names, (job_id, fence, first_seq, lease_ms, tokens, len(texts), *texts), _decode_emit
     )
 
 

@@ -1,16 +1,17 @@
 """One call of a registry script as a value, and how to read what a script answers.
 
-Owns the scripts' names and texts, the two arguments that all of them begin with, and the checks of replies. What each
-script is told and answers is in `registry_calls` and `queue_calls`.
+Owns the scripts' names and texts, the two arguments that all of them begin with, calls that go as one, and the checks
+of replies. What each script is told and answers is in `registry_calls` and `queue_calls`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from importlib import resources
+from itertools import groupby
 from typing import Generic, TypeVar
 
 from lamella.errors import DecodeError
@@ -23,16 +24,16 @@ OUTLOOK = "_outlook"  # after those, for scripts that estimate: what a script do
 ESTIMATING = ("submit", "outlook")
 ALONE = ("emit", "admit", "attach", "settle")  # scripts that do not touch the queue
 
+_SHARED = 2  # arguments that every script begins with
+_ANSWERS = {"emit": 2}  # scripts that take several calls as one: so many items of the answer are each call's
+
 Reply_co = TypeVar("Reply_co", covariant=True)
 Reply = TypeVar("Reply")
 Member = TypeVar("Member", bound=StrEnum)
 
 
 class ScriptName(StrEnum):
-    """The scripts, named after their files in ``lua/``.
-
-    EMIT and END are one file: events that end nothing go without the queue's parts, which would double their cost.
-    """
+    """The scripts, named after their files in ``lua/``."""
 
     SUBMIT = "submit"
     CLAIM = "claim"
@@ -74,8 +75,7 @@ def script_source(name: ScriptName) -> str:
     folder = resources.files("lamella").joinpath("lua")
     queue = () if name.value in ALONE else QUEUE_PARTS
     parts = (BASE, *queue, *((OUTLOOK,) if name.value in ESTIMATING else ()))
-    own = ScriptName.EMIT if name is ScriptName.END else name
-    return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in (*parts, own.value))
+    return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in (*parts, name.value))
 
 
 def script_call(
@@ -87,6 +87,35 @@ def script_call(
 ) -> ScriptCall[Reply]:
     """Return a call whose arguments begin with what every script is told: the prefix and how long ended jobs stay."""
     return ScriptCall(name, named, (keys.prefix, keys.finished_ttl_s, *args), decode)
+
+
+def join_calls(calls: Iterable[ScriptCall[Reply]]) -> Iterator[tuple[ScriptCall[Reply], ...]]:
+    """Yield the calls in order, those together that may go as one (`joined_words`)."""
+    for name, run in groupby(calls, key=lambda call: call.script):
+        if name.value in _ANSWERS:
+            yield tuple(run)
+        else:
+            yield from ((call,) for call in run)
+
+
+def may_be_joined(call: ScriptCall[Reply]) -> bool:
+    """Whether several calls of this script may go as one."""
+    return call.script.value in _ANSWERS
+
+
+def joined_words(calls: Sequence[ScriptCall[Reply]]) -> tuple[str | int, ...]:
+    """Return what follows the script's name in EVALSHA: one call's keys and arguments, or those of several as one."""
+    names = [key for call in calls for key in call.keys]
+    own = [arg for call in calls for arg in call.args[_SHARED:]]
+    return (len(names), *names, *calls[0].args[:_SHARED], *own)
+
+
+def parted_answer(calls: Sequence[ScriptCall[Reply]], raw: object) -> list[object]:
+    """Return each call's part of what Redis answered to all of them as one; an error is everybody's."""
+    each = _ANSWERS.get(calls[0].script.value, 0)
+    if isinstance(raw, list) and len(raw) == each * len(calls) > 0:
+        return [raw[place : place + each] for place in range(0, len(raw), each)]
+    return [raw] * len(calls)
 
 
 def read_member(kind: type[Member], raw: object) -> Member:

@@ -9,8 +9,17 @@ import pytest
 import redis
 
 from lamella.keys import Keys
-from lamella.messages import TokenEvent
-from lamella.registry_calls import ClaimReply, ClaimStatus, NudgeStatus, claim_call, emit_call, nudge_call
+from lamella.messages import Cancelled, TokenEvent
+from lamella.registry_calls import (
+    ClaimReply,
+    ClaimStatus,
+    EmitReply,
+    EmitStatus,
+    NudgeStatus,
+    claim_call,
+    emit_call,
+    nudge_call,
+)
 from lamella.script_call import ScriptCall
 from lamella_worker import registry as registry_module
 from lamella_worker.registry import GROUP, Registry, RegistryAway, RegistryBroken, StreamLost
@@ -60,6 +69,60 @@ def test_more_calls_than_go_out_at_once_are_answered_in_order_also_when_scripts_
     statuses = [answer.status for answer in answers if isinstance(answer, ClaimReply)]
     ok, held, missing = ClaimStatus.OK, ClaimStatus.HELD, ClaimStatus.MISSING
     assert statuses == [held, *([missing, ok] * (GROUP + 1))]
+
+
+def test_a_job_whose_record_is_broken_costs_the_others_of_its_group_nothing(
+    registry: Registry, jobs: Jobs, fake_redis: redis.Redis
+) -> None:
+    names = [f"job-{number}" for number in range(GROUP + 2)]
+    for name in names:
+        jobs.submit(name)
+    fences = [claim(registry, name).fence for name in names]
+    fake_redis.delete(registry.keys.job(names[3]))
+    fake_redis.set(registry.keys.job(names[3]), "not a hash")
+    event = TokenEvent(token_ids=(7,), text="x")
+
+    calls = [emit_call(registry.keys, name, fence, 1, 5000, [event]) for name, fence in zip(names, fences, strict=True)]
+    answers = registry.call_many(calls)
+
+    broken = answers.pop(3)
+    assert isinstance(broken, RegistryBroken)
+    assert "WRONGTYPE" in str(broken)
+    assert answers == [EmitReply(EmitStatus.OK, cancel_requested=False)] * (GROUP + 1)
+    assert [fake_redis.xlen(registry.keys.stream(name)) for name in names] == [1, 1, 1, 0, *[1] * (GROUP - 2)]
+
+
+def test_emits_that_go_as_one_call_answer_each_for_itself(
+    registry: Registry, jobs: Jobs, fake_redis: redis.Redis
+) -> None:
+    names = ("ok", "cancelled", "behind", "lost", "renewed", "two", "ended")
+    for name in names:
+        jobs.submit(name)
+    fences = {name: claim(registry, name).fence for name in names}
+    fake_redis.hset(registry.keys.job("cancelled"), "cancel", 1)
+    event = TokenEvent(token_ids=(7,), text="x")
+
+    def emit(name: str, first_seq: int, *events: TokenEvent | Cancelled, fence: int = 0) -> ScriptCall[EmitReply]:
+        return emit_call(registry.keys, name, fence or fences.get(name, 1), first_seq, 5000, events)
+
+    with_end = [emit("ok", 1, event), emit("ended", 1, event, Cancelled()), emit("two", 1, event, event)]
+    without = [
+        emit("cancelled", 1, event),
+        emit("behind", 3, event),
+        emit("lost", 1, event, fence=99),
+        emit("none", 1, event),
+        emit("renewed", 0),
+        emit("two", 3, event),
+    ]
+    answers = registry.call_many([*with_end, *without])
+
+    ok = EmitReply(EmitStatus.OK, cancel_requested=False)
+    stop = EmitReply(EmitStatus.OK, cancel_requested=True)
+    refused = [EmitReply(status, False) for status in (EmitStatus.GAP, EmitStatus.FENCED, EmitStatus.MISSING)]
+    assert answers == [ok, ok, ok, stop, *refused, ok, ok]
+    assert registry.stored_token_ids("two", 3) == (7, 7, 7)
+    assert fake_redis.hmget(registry.keys.job("two"), "seq", "tokens") == ["3", "3"]
+    assert fake_redis.hmget(registry.keys.job("renewed"), "seq", "tokens") == ["0", "0"]
 
 
 def test_a_call_that_cannot_be_made_leaves_no_answer_behind_for_the_next(registry: Registry, jobs: Jobs) -> None:

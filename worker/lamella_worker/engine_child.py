@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from lamella_engine.errors import EngineError
 from lamella_engine.progress import Progress as Progressing
 from lamella_worker.channel import Channel, ChannelBroken
+from lamella_worker.collector import spare_started
 from lamella_worker.engine_messages import Open, Opened, Progress, Refused, Report, decode_order, encode, plain
 from lamella_worker.engine_port import EngineSet
 from lamella_worker.engine_server import EngineServer
@@ -82,6 +83,7 @@ def _serve(channel: Channel, opener: Opener) -> int:
     if failpoints.has("sweep"):
         for engine in opened.engines.values():
             engine.before_sweep = lambda: failpoints.hit("sweep")
+    spare_started()
     try:
         _tell(channel, Opened({name: engine.facts for name, engine in opened.engines.items()}))
         EngineServer(opened.engines, channel, failpoints, _end_broken).serve()

@@ -28,6 +28,7 @@ from lamella.keys import Keys, queue_name
 from lamella.messages import WorkerInfo
 from lamella_worker.app import make_app
 from lamella_worker.child_host import ChildHost
+from lamella_worker.collector import spare_started
 from lamella_worker.config import WorkerConfig
 from lamella_worker.consumer import PatientConsumer
 from lamella_worker.device import PinnedDevice
@@ -286,6 +287,7 @@ class WorkerProcess:
         app.lamella_sources = sources
         add_generate_task(app, session)
         signals.setup_logging.connect(_keep_logging)
+        signals.worker_ready.connect(_spare_started)
         worker = LamellaWorker(
             app=app,
             hostname=f"{self.name}@{socket.gethostname()}",
@@ -330,3 +332,8 @@ class WorkerProcess:
 
 def _keep_logging(**_: Any) -> None:
     """Celery sets up no logging while this is connected."""
+
+
+def _spare_started(**_: Any) -> None:
+    """Celery calls this when its consumer has started."""
+    spare_started()

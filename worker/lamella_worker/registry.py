@@ -33,7 +33,15 @@ from lamella.key_ring import KeyRing
 from lamella.keys import Keys
 from lamella.messages import JobState, TokenEvent, decode_event
 from lamella.registry_calls import ClaimReply, ClaimStatus
-from lamella.script_call import ScriptCall, ScriptName, script_source
+from lamella.script_call import (
+    ScriptCall,
+    ScriptName,
+    join_calls,
+    joined_words,
+    may_be_joined,
+    parted_answer,
+    script_source,
+)
 
 log = logging.getLogger(__name__)
 Reply = TypeVar("Reply")
@@ -108,35 +116,46 @@ class Registry:
         """Run scripts in one round trip and publish `notices` (channel, text) along with them.
 
         They are sent in groups, each made when the one before is on its way: so the first events reach their readers
-        while the last are still written.
+        while the last are still written. A group's emits are one call of their script; where it fails because of one
+        job, each is sent again by itself, which is harmless.
 
         Returns:
             One entry a call, in order: its reply, or why there is none. A notice that fails is forgotten.
         """
         made: list[ScriptCall[Reply]] = []
-        raw = self._send(_noted(calls, made), made, notices)
-        forgotten = [index for index, answer in enumerate(raw) if isinstance(answer, NoScriptError)]
-        if forgotten:
+        answers = self._send(_noted(calls, made), made, notices)
+        if any(isinstance(answer, NoScriptError) for answer in answers):
             self._shas.clear()
-            again: list[ScriptCall[Reply]] = []
-            answers = self._send(_noted((made[index] for index in forgotten), again), again, ())
-            for index, answer in zip(forgotten, answers, strict=True):
-                raw[index] = answer
-        return [_read(call, answer) for call, answer in zip(made, raw, strict=True)]
+        again = [index for index, answer in enumerate(answers) if _is_undecided(made[index], answer)]
+        if again:
+            repeated: list[ScriptCall[Reply]] = []
+            calls = _noted((made[index] for index in again), repeated)
+            for index, answer in zip(again, self._send(calls, repeated, (), group=1), strict=True):
+                answers[index] = answer
+        return [_read(call, answer) for call, answer in zip(made, answers, strict=True)]
 
     def _send(
-        self, calls: Iterator[ScriptCall[Reply]], made: list[ScriptCall[Reply]], notices: Sequence[tuple[str, str]]
+        self,
+        calls: Iterator[ScriptCall[Reply]],
+        made: list[ScriptCall[Reply]],
+        notices: Sequence[tuple[str, str]],
+        group: int = GROUP,
     ) -> list[object]:
         """Send what `calls` yields and notes in `made`; returns one answer for each."""
         pool = self._client.connection_pool
+        sent: list[tuple[ScriptCall[Reply], ...]] = []
         try:
             connection = pool.get_connection()
             try:
-                while group := [self._command(call) for call in islice(calls, GROUP)]:
-                    _write(connection, group, is_first=len(made) <= GROUP)
+                while runs := list(join_calls(islice(calls, group))):
+                    _write(connection, [self._command(run) for run in runs], is_first=not sent)
+                    sent += runs
                 if notices:
-                    _write(connection, [("PUBLISH", *notice) for notice in notices], is_first=not made)
-                return [_answer(connection) for _ in range(len(made) + len(notices))][: len(made)]
+                    _write(connection, [("PUBLISH", *notice) for notice in notices], is_first=not sent)
+                answers = [answer for run in sent for answer in parted_answer(run, _answer(connection))]
+                for _ in notices:
+                    _answer(connection)
+                return answers
             except BaseException:
                 # Answers that nobody reads would be taken for those of the next commands.
                 connection.disconnect()  # type: ignore[no-untyped-call]  # redis-py leaves it bare
@@ -146,8 +165,8 @@ class Registry:
         except RedisError as error:
             return [error] * (len(made) + sum(1 for _ in calls))
 
-    def _command(self, call: ScriptCall[Reply]) -> tuple[str | int, ...]:
-        return ("EVALSHA", self._sha(call.script), len(call.keys), *call.keys, *call.args)
+    def _command(self, run: tuple[ScriptCall[Reply], ...]) -> tuple[str | int, ...]:
+        return ("EVALSHA", self._sha(run[0].script), *joined_words(run))
 
     def _sha(self, script: ScriptName) -> str:
         if script not in self._shas:
@@ -241,6 +260,13 @@ def _answer(connection: redis.Connection) -> object:
         return connection.read_response()
     except ResponseError as error:
         return error
+
+
+def _is_undecided(call: ScriptCall[Reply], answer: object) -> bool:
+    """Whether to send a call once more: the script was forgotten, or failed, maybe because of another in its group."""
+    if isinstance(answer, NoScriptError):
+        return True
+    return may_be_joined(call) and isinstance(answer, RedisError) and isinstance(_translate(answer), RegistryBroken)
 
 
 def _read(call: ScriptCall[Reply], answer: object) -> Reply | RegistryAway | RegistryBroken:
