@@ -2,13 +2,14 @@
 
     python -m benchmarks.delivery URL MODEL STREAMS SWEEP_S
 
-The worker at URL has to be `stamped_worker`, whose tokens say when they were made; prints JSON. Neighbour: `latency`,
-which starts both.
+The worker at URL has to be `stamped_worker`, whose tokens say when they were made; prints JSON. The collector leaves out
+what importing made, as in a server that reads streams (docs/scale.md). Neighbour: `latency`, which starts both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -52,5 +53,7 @@ def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()
     found = asyncio.run(delivery(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
     sys.stdout.write(json.dumps(found) + "\n")

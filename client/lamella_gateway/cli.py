@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -100,6 +101,8 @@ def serve(  # noqa: PLR0913  one argument for each option
     _tell(settings, listener)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _asked_to_stop)
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays; a later look at all of it would stop every stream for tens of ms
     with listener:
         server.run(sockets=[listener])
     if not server.started:
