@@ -2,7 +2,7 @@
 
     python -m benchmarks.delivery URL MODEL STREAMS SWEEP_S
 
-The worker at URL has to be `stamped_worker`, whose tokens say when they were made; prints JSON. The collector leaves out
+The worker at URL has to be `stamped_worker`, whose tokens say when they were made; prints JSON. The collector spares
 what importing made, as in a server that reads streams (docs/scale.md). Neighbour: `latency`, which starts both.
 """
 
