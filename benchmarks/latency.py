@@ -121,12 +121,15 @@ def paces(alone: EngineAlone, service: Service, options: argparse.Namespace, mod
             own.append(before)
             served.append(pace)
             spent.append(each)
+    if alone.preemptions:
+        _say(f"{alone.preemptions} preemptions: the cache is too small for this to be a pace; see --vram and --tokens")
     shares = [after.tokens_per_s / before.tokens_per_s for before, after in zip(own, served, strict=True)]
     return {
         "streams": options.streams,
         "tokens_each": options.tokens,
         "rounds": options.rounds,
         "warm_rounds": options.warm_rounds,
+        "preemptions_alone": alone.preemptions,
         "alone_tokens_per_s": [round(each.tokens_per_s, 2) for each in own],
         "served_tokens_per_s": [round(each.tokens_per_s, 2) for each in served],
         "alone_cpu_s": [round(each.cpu_s, 2) for each in own],

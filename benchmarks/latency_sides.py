@@ -117,6 +117,11 @@ class EngineAlone:
         """End the process."""
         self._host.close()
 
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence was sent back to wait because the key-value cache ran short."""
+        return self._engine.counters().preemptions
+
     def first_token_s(self, max_tokens: int) -> tuple[float, float]:
         """Seconds from handing a sequence over to its first token, and those of the sweep that made it."""
         began = time.perf_counter()

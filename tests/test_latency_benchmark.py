@@ -61,6 +61,7 @@ def test_a_run_tells_what_the_service_adds(tmp_path: Path) -> None:
     assert status == 0
     assert told["first_event_ms"]["submit_to_first_event"]["p50"] > told["first_event_ms"]["submit"]["p50"] > 0
     assert told["pace"]["alone_tokens_per_s"][0] > 0
+    assert told["pace"]["preemptions_alone"] == 0
     assert told["pace"]["served_tokens_per_s"][0] > 0
     assert [each["streams"] for each in told["delivery_ms"]] == [1, 2]
     assert all(each["tokens"] > 0 and each["p50"] > 0 for each in told["delivery_ms"])

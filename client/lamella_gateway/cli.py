@@ -101,8 +101,7 @@ def serve(  # noqa: PLR0913  one argument for each option
     _tell(settings, listener)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _asked_to_stop)
-    gc.collect()
-    gc.freeze()  # what is loaded by now stays; a later look at all of it would stop every stream for tens of ms
+    _spare_loaded()
     with listener:
         server.run(sockets=[listener])
     if not server.started:
@@ -114,6 +113,12 @@ def _tell(settings: Settings, listener: socket.socket) -> None:
     typer.echo(f"serving http://{shown}:{listener.getsockname()[1]}/v1", err=True)
     if settings.requires_key and not is_loopback(settings.host):
         log.info("keys and prompts travel in the open: put a proxy that speaks TLS in front")
+
+
+def _spare_loaded() -> None:
+    """Take what is loaded by now out of later collections, each of which would stop every stream for tens of ms."""
+    gc.collect()
+    gc.freeze()
 
 
 def _asked_to_stop(number: int, frame: FrameType | None) -> None:
