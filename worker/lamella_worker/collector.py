@@ -1,7 +1,7 @@
 """What the garbage collector need not look at: everything that start-up made and that lives as long as the process.
 
-Owns that one step. A full collection stops every thread for as long as it takes to look at all objects. The modules of a
-worker are seventy thousand of them, 35 ms, and those of an engine's process 400 thousand, 200 ms (one quiet core,
+Owns that one step. A full collection stops every thread for as long as it takes to look at all objects. The modules of
+a worker are seventy thousand of them, 35 ms, and those of an engine's process 400 thousand, 200 ms (one quiet core,
 Python 3.11), in which no token is delivered and no sweep is begun.
 """
 
