@@ -9,7 +9,6 @@ what importing made, as in a server that reads streams (docs/scale.md). Neighbou
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from contextlib import aclosing
 from typing import Any
 
 from lamella import AsyncClient
+from lamella.collector import spare_started
 from lamella.messages import TokenEvent
 
 STREAM_S = 600.0
@@ -53,7 +53,6 @@ def quantiles_ms(seconds: Sequence[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    gc.collect()
-    gc.freeze()
+    spare_started()
     found = asyncio.run(delivery(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
     sys.stdout.write(json.dumps(found) + "\n")

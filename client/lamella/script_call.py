@@ -92,15 +92,15 @@ def script_call(
 def join_calls(calls: Iterable[ScriptCall[Reply]]) -> Iterator[tuple[ScriptCall[Reply], ...]]:
     """Yield the calls in order, those together that may go as one (`joined_words`)."""
     for name, run in groupby(calls, key=lambda call: call.script):
-        if name.value in _ANSWERS:
+        if may_be_joined(name):
             yield tuple(run)
         else:
             yield from ((call,) for call in run)
 
 
-def may_be_joined(call: ScriptCall[Reply]) -> bool:
+def may_be_joined(name: ScriptName) -> bool:
     """Whether several calls of this script may go as one."""
-    return call.script.value in _ANSWERS
+    return name.value in _ANSWERS
 
 
 def joined_words(calls: Sequence[ScriptCall[Reply]]) -> tuple[str | int, ...]:

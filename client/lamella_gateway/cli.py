@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
 import socket
@@ -14,6 +13,7 @@ import typer
 import uvicorn
 
 from lamella.cli import options
+from lamella.collector import spare_started
 from lamella.errors import ConfigError
 from lamella_gateway.app import make_app
 from lamella_gateway.settings import DEFAULT_PORT, MIB, Settings, is_loopback
@@ -101,7 +101,7 @@ def serve(  # noqa: PLR0913  one argument for each option
     _tell(settings, listener)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _asked_to_stop)
-    _spare_loaded()
+    spare_started()
     with listener:
         server.run(sockets=[listener])
     if not server.started:
@@ -113,12 +113,6 @@ def _tell(settings: Settings, listener: socket.socket) -> None:
     typer.echo(f"serving http://{shown}:{listener.getsockname()[1]}/v1", err=True)
     if settings.requires_key and not is_loopback(settings.host):
         log.info("keys and prompts travel in the open: put a proxy that speaks TLS in front")
-
-
-def _spare_loaded() -> None:
-    """Take what is loaded by now out of later collections, each of which would stop every stream for tens of ms."""
-    gc.collect()
-    gc.freeze()
 
 
 def _asked_to_stop(number: int, frame: FrameType | None) -> None:

@@ -19,10 +19,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from lamella.collector import spare_started
 from lamella_engine.errors import EngineError
 from lamella_engine.progress import Progress as Progressing
 from lamella_worker.channel import Channel, ChannelBroken
-from lamella_worker.collector import spare_started
 from lamella_worker.engine_messages import Open, Opened, Progress, Refused, Report, decode_order, encode, plain
 from lamella_worker.engine_port import EngineSet
 from lamella_worker.engine_server import EngineServer

@@ -22,13 +22,13 @@ from celery.apps.worker import Worker
 from kombu.utils.url import maybe_sanitize_url
 from pydantic import ValidationError
 
+from lamella.collector import spare_started
 from lamella.errors import ConfigError
 from lamella.key_ring import KeyRing, load_key_ring
 from lamella.keys import Keys, queue_name
 from lamella.messages import WorkerInfo
 from lamella_worker.app import make_app
 from lamella_worker.child_host import ChildHost
-from lamella_worker.collector import spare_started
 from lamella_worker.config import WorkerConfig
 from lamella_worker.consumer import PatientConsumer
 from lamella_worker.device import PinnedDevice

@@ -266,7 +266,8 @@ def _is_undecided(call: ScriptCall[Reply], answer: object) -> bool:
     """Whether to send a call once more: the script was forgotten, or failed, maybe because of another in its group."""
     if isinstance(answer, NoScriptError):
         return True
-    return may_be_joined(call) and isinstance(answer, RedisError) and isinstance(_translate(answer), RegistryBroken)
+    is_broken = isinstance(answer, RedisError) and isinstance(_translate(answer), RegistryBroken)
+    return is_broken and may_be_joined(call.script)
 
 
 def _read(call: ScriptCall[Reply], answer: object) -> Reply | RegistryAway | RegistryBroken:
