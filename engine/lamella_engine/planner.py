@@ -3,7 +3,8 @@
 Pure: nothing is read, no device is asked. The order on the compute device is norms, head, keys and values, workspace,
 slots, then layers; `reserve` settles what the first ones take, `spread` which layers stay. Of the few layouts that fit
 (head resident or in blocks, one slot or more, nothing streaming) the one that `estimate` predicts to be fastest is
-taken, so that more budget is never slower. Neighbours: `model_sizes` before it, `weight_stream` and `sweep` after it.
+taken, so that more budget is never slower; what it leaves over, `spare_room` gives to keys, values and larger sweeps.
+Neighbours: `model_sizes` before it, `weight_stream` and `sweep` after it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lamella_engine.placement import (
     Use,
 )
 from lamella_engine.reserve import MAX_SWEEP_TOKENS, Reserve, Wishes, device_bytes, most_kv_tokens, reserve, smallest
+from lamella_engine.spare_room import KEYS_AND_VALUES, WORKSPACE, with_spare_room
 from lamella_engine.spread import Room, place_layers
 
 MIB = 1024**2
@@ -114,13 +116,13 @@ def make_plan(sizes: ModelSizes, request: PlanRequest) -> Plan:
         return make_plan(sizes, replace(request, ram=base + smallest(sizes, wishes)))
     if settled is None:
         raise _refusal(sizes, request, wishes, budget, base)
-    plan = _fastest(sizes, request, layouts, settled)
+    plan, useful = _fastest(sizes, request, layouts, settled), MAX_SWEEP_TOKENS
     if request.sweep_tokens is None:
-        free = free_tokens(sizes, plan, request.bandwidths)
-        settled = reserve(sizes, wishes, budget, base, min(free, MAX_SWEEP_TOKENS))
+        useful = min(useful, free_tokens(sizes, plan, request.bandwidths))
+        settled = reserve(sizes, wishes, budget, base, useful)
         assert settled is not None, "fewer tokens a sweep take no more memory"
         plan = _fastest(sizes, request, layouts, settled)
-    return plan
+    return with_spare_room(sizes, wishes, plan, useful)
 
 
 def _layouts(sizes: ModelSizes, request: PlanRequest) -> Iterator[_Layout]:
@@ -333,8 +335,8 @@ def _card_spending(sizes: ModelSizes, request: PlanRequest, plan: Plan) -> Spend
     uses = (
         Use("norms and positions", device_bytes(other_computed(sizes))),
         Use("head and embedding table" if sizes.is_tied else "head", head),
-        Use("keys and values", plan.kv_bytes),
-        Use("workspace", plan.workspace_bytes),
+        Use(KEYS_AND_VALUES, plan.kv_bytes),
+        Use(WORKSPACE, plan.workspace_bytes),
         Use(f"slots ({plan.device_slots})", plan.device_slots * slot),
         Use("converted piece", expanded),
         Use(f"layers ({len(resident)})", sum(map(device_bytes, resident))),
@@ -361,8 +363,8 @@ def _host_uses(sizes: ModelSizes, plan: Plan) -> tuple[Use, ...]:
         (
             Use("norms and positions", other_computed(sizes)),
             Use("head and embedding table" if sizes.is_tied else "head", plan.head.nbytes),
-            Use("keys and values", plan.kv_bytes),
-            Use("workspace", plan.workspace_bytes),
+            Use(KEYS_AND_VALUES, plan.kv_bytes),
+            Use(WORKSPACE, plan.workspace_bytes),
             Use(f"ring ({slots} slots)", plan.ring_bytes),
             Use("converted piece", _expanded_piece(sizes, plan.slot_bytes) if plan.slot_bytes else 0),
             Use(f"layers ({len(resident)})", sum(resident)),

@@ -1,7 +1,8 @@
 """What keys, values and workspace take of the compute device before layers get any of it.
 
 Pure arithmetic. Each takes a share of the budget, no less than its floor and no more than is wished for; what one
-byte more of budget adds to both together is less than a byte, so that layers never lose by a larger budget.
+byte more of budget adds to both together is less than a byte, so that layers never lose by a larger budget. What is
+left over once the layers are placed, `enlarge` gives to the two as well.
 """
 
 from __future__ import annotations
@@ -74,8 +75,7 @@ def reserve(sizes: ModelSizes, wishes: Wishes, budget: int, base: int, sweep_lim
     """
     kv_floor, kv_wanted = _kv_floor(sizes, wishes), _kv_wanted(sizes, wishes)
     sweep_floor = _sweep_floor(wishes)
-    useful = max(sweep_limit, sizes.context_length + wishes.max_sequences) if sizes.reads_whole else sweep_limit
-    sweep_wanted = wishes.sweep_tokens or max(sweep_floor, min(useful, MAX_SWEEP_TOKENS))
+    sweep_wanted = _sweep_wanted(sizes, wishes, sweep_limit)
     workspace_share = _WHOLE_SHARE if sizes.reads_whole else _WORKSPACE_SHARE
     least_kv, least_sweep = _kv_cost(sizes, wishes, kv_floor), _sweep_cost(sizes, wishes, sweep_floor)
     spare = budget - base - least_kv - least_sweep
@@ -87,13 +87,25 @@ def reserve(sizes: ModelSizes, wishes: Wishes, budget: int, base: int, sweep_lim
         _sweep_cost(sizes, wishes, sweep_wanted),
         max(least_sweep, min(budget // workspace_share + _graph_cost(sizes, wishes), least_sweep + spare)),
     )
-    floor_pages, wanted_pages = kv_floor // PAGE_TOKENS, kv_wanted // PAGE_TOKENS
-    pages = _largest(floor_pages, wanted_pages, lambda count: _kv_cost(sizes, wishes, count * PAGE_TOKENS) <= for_kv)
-    kv_tokens = pages * PAGE_TOKENS
-    sweep_tokens = _largest(sweep_floor, sweep_wanted, lambda count: _sweep_cost(sizes, wishes, count) <= for_sweep)
-    kv_bytes = kv_tokens * sizes.kv_bytes_per_token
-    workspace = _sweep_cost(sizes, wishes, sweep_tokens) + _kv_cost(sizes, wishes, kv_tokens) - kv_bytes
-    return Reserve(for_kv + for_sweep, kv_tokens, kv_bytes, sweep_tokens, workspace)
+    kv_tokens = _most_kv(sizes, wishes, kv_floor, for_kv)
+    sweep_tokens = _most_sweep(sizes, wishes, sweep_floor, sweep_wanted, for_sweep)
+    return _settled(sizes, wishes, kv_tokens, sweep_tokens, for_kv + for_sweep)
+
+
+def enlarge(sizes: ModelSizes, wishes: Wishes, settled: Reserve, spare: int, sweep_limit: int) -> Reserve:
+    """`settled` with up to `spare` bytes more, as far as more is wished for: half for the cache, then for the sweep.
+
+    What the sweep cannot use goes to the cache after all. Arguments as of `reserve`; the result takes what it uses.
+    """
+    least_kv = _kv_cost(sizes, wishes, settled.kv_tokens)
+    room = least_kv + _sweep_cost(sizes, wishes, settled.sweep_tokens) + max(0, spare)
+    kv_tokens = _most_kv(sizes, wishes, settled.kv_tokens, least_kv + max(0, spare) // 2)
+    for_sweep = room - _kv_cost(sizes, wishes, kv_tokens)
+    wanted = _sweep_wanted(sizes, wishes, sweep_limit)
+    sweep_tokens = _most_sweep(sizes, wishes, settled.sweep_tokens, wanted, for_sweep)
+    kv_tokens = _most_kv(sizes, wishes, kv_tokens, room - _sweep_cost(sizes, wishes, sweep_tokens))
+    used = _kv_cost(sizes, wishes, kv_tokens) + _sweep_cost(sizes, wishes, sweep_tokens)
+    return _settled(sizes, wishes, kv_tokens, sweep_tokens, used)
 
 
 def most_kv_tokens(sizes: ModelSizes, wishes: Wishes, room: int) -> int:
@@ -119,6 +131,31 @@ def _kv_wanted(sizes: ModelSizes, wishes: Wishes) -> int:
 
 def _sweep_floor(wishes: Wishes) -> int:
     return wishes.sweep_tokens or max(MIN_SWEEP_TOKENS, wishes.max_sequences)
+
+
+def _sweep_wanted(sizes: ModelSizes, wishes: Wishes, sweep_limit: int) -> int:
+    useful = max(sweep_limit, sizes.context_length + wishes.max_sequences) if sizes.reads_whole else sweep_limit
+    return wishes.sweep_tokens or max(_sweep_floor(wishes), min(useful, MAX_SWEEP_TOKENS))
+
+
+def _most_kv(sizes: ModelSizes, wishes: Wishes, least: int, room: int) -> int:
+    """Tokens of cache, in whole pages, that cost at most `room` bytes; `least` do."""
+
+    def fits(pages: int) -> bool:
+        return _kv_cost(sizes, wishes, pages * PAGE_TOKENS) <= room
+
+    return _largest(least // PAGE_TOKENS, _kv_wanted(sizes, wishes) // PAGE_TOKENS, fits) * PAGE_TOKENS
+
+
+def _most_sweep(sizes: ModelSizes, wishes: Wishes, least: int, most: int, room: int) -> int:
+    """Tokens of a sweep, `most` at most, that cost at most `room` bytes; `least` do."""
+    return _largest(least, most, lambda count: _sweep_cost(sizes, wishes, count) <= room)
+
+
+def _settled(sizes: ModelSizes, wishes: Wishes, kv_tokens: int, sweep_tokens: int, nbytes: int) -> Reserve:
+    kv_bytes = kv_tokens * sizes.kv_bytes_per_token
+    workspace = _sweep_cost(sizes, wishes, sweep_tokens) + _kv_cost(sizes, wishes, kv_tokens) - kv_bytes
+    return Reserve(nbytes, kv_tokens, kv_bytes, sweep_tokens, workspace)
 
 
 def _pages(tokens: int) -> int:

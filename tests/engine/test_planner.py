@@ -291,6 +291,38 @@ def test_a_derived_cache_shrinks_to_one_sequence_before_the_plan_is_refused() ->
     assert make_plan(LLAMA_7B, card(80 * GIB, 0, max_sequences=64)).kv_tokens == 64 * 2048
 
 
+def test_what_no_layer_can_use_goes_to_the_cache_and_the_sweep() -> None:
+    spare, whole = [], 0
+    for seed in range(TRIALS):
+        numbers = random.Random(seed)
+        sizes, request = random_sizes(numbers), replace(random_request(numbers), sweep_tokens=None, kv_tokens=None)
+        plan = plan_or_none(sizes, request)
+        if plan is None:
+            continue
+        spending = plan.ram if plan.vram is None else plan.vram
+        if plan.kv_tokens >= request.max_sequences * min(2048, sizes.context_length):
+            whole += 1
+            continue
+        step = 16 * sizes.kv_bytes_per_token + 2 * len(sizes.layers) * 4 * MIB  # a page, as a GPU's allocator rounds it
+        gathered = workspace_bytes(sizes, 64, request.max_sequences, 2 * plan.kv_tokens)
+        assert spending.budget - spending.used < step + gathered, seed
+        spare.append((spending.budget - spending.used) / spending.budget)
+
+    assert whole > TRIALS // 10
+    assert sum(spare) / len(spare) < 0.01
+
+
+def test_a_tight_card_has_more_cache_from_what_no_layer_can_use_unless_a_size_was_asked_for() -> None:
+    asked = make_plan(LLAMA_7B, card(8 * GIB, 0, max_sequences=16, kv_tokens=2048, sweep_tokens=64))
+    derived = make_plan(LLAMA_7B, card(8 * GIB, 0, max_sequences=16))
+
+    assert (asked.kv_tokens, asked.sweep_tokens) == (2048, 64)
+    assert derived.vram is not None
+    assert derived.vram.budget - derived.vram.used < LLAMA_7B.layers[0] // 4
+    assert derived.kv_bytes > derived.vram.budget // 8
+    assert sum(place.tier is Tier.VRAM for place in derived.layers) > 10
+
+
 def test_sweep_tokens_are_as_many_as_ride_for_free() -> None:
     slow = make_plan(LLAMA_7B, replace(card(4 * GIB, 0), vram=4 * GIB))
     resident = make_plan(LLAMA_7B, card(24 * GIB, 0))
