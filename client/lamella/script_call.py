@@ -19,8 +19,10 @@ from lamella.keys import Keys
 
 BASE = "_base"  # before each script; and before those that touch the queue, in this order:
 QUEUE_PARTS = ("_queue", "_message", "_end", "_dispatch")
+APPEND = "_append"  # after those, for scripts that store a job's events
 OUTLOOK = "_outlook"  # after those, for scripts that estimate: what a script does not call still costs it time
 
+APPENDING = ("emit", "end")
 ESTIMATING = ("submit", "outlook")
 ALONE = ("emit", "admit", "attach", "settle")  # scripts that do not touch the queue
 
@@ -74,8 +76,10 @@ def script_source(name: ScriptName) -> str:
     """Return the Lua text of a script: the parts that it shares with others, and its own."""
     folder = resources.files("lamella").joinpath("lua")
     queue = () if name.value in ALONE else QUEUE_PARTS
-    parts = (BASE, *queue, *((OUTLOOK,) if name.value in ESTIMATING else ()))
-    return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in (*parts, name.value))
+    append = (APPEND,) if name.value in APPENDING else ()
+    outlook = (OUTLOOK,) if name.value in ESTIMATING else ()
+    parts = (BASE, *queue, *append, *outlook, name.value)
+    return "\n".join(folder.joinpath(f"{part}.lua").read_text(encoding="utf-8") for part in parts)
 
 
 def script_call(

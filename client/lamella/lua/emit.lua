@@ -10,23 +10,13 @@ local now = now_ms()
 local function emit(job, stream, at)
   local job_id, first, events = ARGV[at], tonumber(ARGV[at + 2]), tonumber(ARGV[at + 5])
   local held = redis.call('HMGET', job, 'fence', 'seq', 'cancel', 'state', 'deadline', 'tokens')
-  local fence, seq, deadline = held[1], tonumber(held[2] or nil), tonumber(held[5] or nil)
-  if not fence then return 'missing', 0 end
-  if fence ~= ARGV[at + 1] then return 'fenced', 0 end
-  local stop = 0
-  if held[3] then stop = 1 elseif deadline and deadline <= now then stop = 2 end
-  if events > 0 and seq == first + events - 1 then return 'ok', stop end
-  if held[4] ~= 'running' then return 'fenced', 0 end
-  if events > 0 and seq ~= first - 1 then return 'gap', stop end
-  local body = at + 5
-  for i = 1, events do
-    redis.call('XADD', stream, string.format('%d-0', seq + i), 'e', ARGV[body + i])
-  end
+  local seq, stop = tonumber(held[2] or nil), order(held[3], tonumber(held[5] or nil), now)
+  local answer = unfit(held[1], held[4], seq, ARGV[at + 1], first, events)
+  if answer then return answer, stop end
+  store(stream, seq, at + 5, events)
   redis.call('HSET', job, 'lease_until', now + tonumber(ARGV[at + 3]), 'seq', seq + events,
     'tokens', number(held[6]) + tonumber(ARGV[at + 4]))
-  for i = 1, events do
-    redis.call('PUBLISH', P .. 'ch:' .. job_id, string.format('%d ', seq + i) .. ARGV[body + i])
-  end
+  tell(job_id, seq, at + 5, events)
   return 'ok', stop
 end
 
