@@ -155,7 +155,8 @@ def test_layers_in_the_originals_files_equal_a_full_load(
     source = tiny_checkpoint("llama")
     model = ShardStore(tmp_path).ensure("tiny", source=source, form=StoredForm(in_place=True))
     assert all(shard.path.name.startswith("original-") for shard in model.layers)
+    expected = tokens("llama")  # before an engine that limits what this process may take of the card
 
     with open_at(place, source, tmp_path) as engine:
-        assert [generate(engine, prompt, GREEDY).token_ids for prompt in PROMPTS] == tokens("llama")
-        assert together(engine) == tokens("llama")
+        assert [generate(engine, prompt, GREEDY).token_ids for prompt in PROMPTS] == expected
+        assert together(engine) == expected

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -106,6 +109,18 @@ def test_packing_on_a_gpu_is_as_good(format: Format) -> None:
         assert all(torch.equal(part.cpu(), format.encode(tensor)[suffix]) for suffix, part in parts.items())
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """An operation within that waits for the GPU raises; torch warns once that it does not find all of them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @every_format
 @every_type
 def test_expanding_neither_waits_nor_allocates(format: Format, dtype: torch.dtype) -> None:
@@ -116,11 +131,8 @@ def test_expanding_neither_waits_nor_allocates(format: Format, dtype: torch.dtyp
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
 
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         format.decode(parts, out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
     assert torch.cuda.max_memory_allocated() == before
 
