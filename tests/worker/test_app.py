@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from celery.app import backends
 from kombu import Connection
 from kombu.transport.redis import Channel
 
+from lamella.embedded import EmbeddedServer
 from lamella_worker.app import VISIBILITY_TIMEOUT_S, broker_url, make_app
 from lamella_worker.config import load_config
 from lamella_worker.model_slots import ModelSlots
@@ -73,6 +76,35 @@ def test_deliveries_are_acknowledged_late_and_come_back_soon() -> None:
     assert options["global_keyprefix"] == "p:"
     assert (options["unacked_restore_interval"], options["unacked_restore_throttle"]) == (5, 1)
     assert options["unacked_mutex_expire"] == 15
+
+
+def test_all_threads_of_a_worker_share_what_keeps_no_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = app_for("redis://host/0")
+    made: list[object] = []
+    monkeypatch.setattr(backends, "by_url", lambda *arguments: made.append(arguments))
+
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: id(app.backend), range(16)))
+
+    assert found == {id(app.backend)}
+    assert not made, "each reads the files of every installed package"
+
+
+def test_commands_of_a_channel_share_a_client_as_long_as_its_connections(embedded_server: EmbeddedServer) -> None:
+    with app_for(embedded_server.url).connection_for_read() as connection:
+        channel = connection.default_channel
+        with channel.conn_or_acquire() as first, channel.conn_or_acquire() as second:
+            assert first is second
+            assert first.ping()
+        with channel.conn_or_acquire(first) as given:
+            assert given is first
+
+        channel._disconnect_pools()
+
+        with channel.conn_or_acquire() as later:
+            assert later is not first
+            assert later.ping()
+            assert later.connection_pool is channel.pool
 
 
 def test_tls_checks_the_certificate_unless_told_otherwise() -> None:

@@ -36,6 +36,7 @@ def make_app(config: WorkerConfig, subscriptions: Subscriptions, slots: ModelSlo
         broker_transport=transport.NAME,
         broker_use_ssl=broker_ssl(url),
         result_backend=None,
+        result_backend_thread_safe=True,  # there is none, and making one for each thread reads every installed package
         task_acks_late=True,
         task_ignore_result=True,
         task_reject_on_worker_lost=True,
@@ -65,6 +66,7 @@ def make_app(config: WorkerConfig, subscriptions: Subscriptions, slots: ModelSlo
             transport.FULL_QUEUES: slots.full,
         },
     )
+    _ = app.backend  # made here, once: else all threads make it when their first tasks end, and tokens wait for that
     app.lamella_subscriptions = subscriptions
     app.control.mailbox.node_cls = LookOnlyNode
     app.steps["consumer"].update({DeliveryLease, FlowerInfo, SubscriptionStep})
